@@ -1,0 +1,54 @@
+//! Where objects lie, relative to the store's URL. One place, so that no two programs disagree.
+
+use crate::ids::Step;
+
+/// Folder of a run.
+#[must_use]
+pub fn run_folder(run: &str) -> String {
+    format!("runs/{run}")
+}
+
+/// The run's state, as `run.json` in its folder.
+pub const RUN_FILE: &str = "run.json";
+/// What happened, one JSON object a line.
+pub const EVENTS_FILE: &str = "events.jsonl";
+/// One JSON object a step.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The cost-vs-iteration plot.
+pub const PLOT_FILE: &str = "cost_vs_iteration.png";
+/// Grid of the first real images.
+pub const REALS_FILE: &str = "samples/reals.png";
+/// Folder of the TensorBoard event files.
+pub const TENSORBOARD_FOLDER: &str = "tensorboard";
+/// Folder of the grids.
+pub const SAMPLES_FOLDER: &str = "samples";
+/// Folder of the checkpoints.
+pub const CHECKPOINTS_FOLDER: &str = "checkpoints";
+/// Manifest of a dataset or a checkpoint, in its folder.
+pub const MANIFEST_FILE: &str = "manifest.json";
+/// Images refused, one JSON object a line, in the dataset's folder.
+pub const QUARANTINE_FILE: &str = "quarantine.jsonl";
+
+/// The grid of a step, relative to the run's folder.
+#[must_use]
+pub fn sample_file(step: Step) -> String {
+    format!("{SAMPLES_FOLDER}/step-{step:06}.png")
+}
+
+/// Folder of a step's checkpoint, relative to the run's folder.
+#[must_use]
+pub fn checkpoint_folder(step: Step) -> String {
+    format!("{CHECKPOINTS_FOLDER}/step-{step:06}")
+}
+
+/// The step in a name that [`sample_file`] or [`checkpoint_folder`] made (last path part, any extension).
+#[must_use]
+pub fn step_of_name(name: &str) -> Option<Step> {
+    name.strip_prefix("step-")?.split('.').next()?.parse().ok()
+}
+
+/// Object name of a dataset's shard.
+#[must_use]
+pub fn shard_file(shard: u32) -> String {
+    format!("shard-{shard:05}.safetensors")
+}
