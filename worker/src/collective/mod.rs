@@ -1,0 +1,105 @@
+//! Exchange between the workers of one group: sums, broadcasts, barriers.
+//!
+//! Owns the [`Collective`] trait and its implementations: [`Loopback`] for a group of one and
+//! [`ring::Ring`] over TCP for CPU tensors. `contract.rs` is the one suite that all of them pass.
+//! Knows nothing of tensors, recipes or the coordinator: values come as slices, members as addresses.
+//!
+//! Every rank of a group must call the same operations in the same order. Whatever goes wrong is one
+//! [`CollectiveError`]; after the first one the group is over and each later call returns it again, so
+//! the caller re-forms under the next [`Generation`].
+
+#[cfg(test)]
+mod contract;
+mod error;
+mod loopback;
+mod pending;
+pub mod ring;
+
+use std::{fmt, sync::Arc};
+
+pub use error::CollectiveError;
+pub use loopback::Loopback;
+pub use pending::PendingReduce;
+pub use ring::{Ring, RingConfig, RingListener};
+use takuma_core::ids::{Generation, Rank};
+
+/// What the ranks of one group do together.
+///
+/// Sums are taken in an order fixed by rank and position only: every rank gets the same bits, and the
+/// same inputs give the same bits on every run.
+pub trait Collective: Send + Sync + fmt::Debug {
+    /// This worker's place in the group.
+    fn rank(&self) -> Rank;
+
+    /// Number of ranks in the group, at least 1.
+    fn world(&self) -> u32;
+
+    /// The membership that this group was formed under.
+    fn generation(&self) -> Generation;
+
+    /// Replaces `values` by their sum over all ranks. Blocking; made for short vectors (statistics of
+    /// batch normalisation, metrics) and not held up by buckets under way.
+    ///
+    /// # Errors
+    /// Any [`CollectiveError`]; `values` are then unspecified.
+    fn all_reduce(&self, values: &mut [f32]) -> Result<(), CollectiveError>;
+
+    /// [`Collective::all_reduce`] for double precision.
+    ///
+    /// # Errors
+    /// Any [`CollectiveError`]; `values` are then unspecified.
+    fn all_reduce_f64(&self, values: &mut [f64]) -> Result<(), CollectiveError>;
+
+    /// Starts to sum a bucket of gradients over all ranks and returns; the bucket comes back from
+    /// [`PendingReduce::wait`]. All ranks start the same buckets in the same order. Blocks only when
+    /// some hundred buckets are already waiting.
+    ///
+    /// # Errors
+    /// What ended the group, if it is over.
+    fn start_all_reduce(&self, bucket: Vec<f32>) -> Result<PendingReduce, CollectiveError>;
+
+    /// Gives every rank the bytes that `root` holds. The other ranks' `bytes` are replaced.
+    ///
+    /// # Errors
+    /// Any [`CollectiveError`]; `bytes` are then unspecified.
+    fn broadcast(&self, root: Rank, bytes: &mut Vec<u8>) -> Result<(), CollectiveError>;
+
+    /// Every rank's `bytes`, by rank. Lengths may differ.
+    ///
+    /// # Errors
+    /// Any [`CollectiveError`].
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
+
+    /// Returns once every rank has called it.
+    ///
+    /// # Errors
+    /// Any [`CollectiveError`].
+    fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// A handle that ends this group from any thread.
+    fn abort_handle(&self) -> AbortHandle;
+}
+
+/// Ends a group from any thread: every wait, present and future, returns [`CollectiveError::Aborted`].
+#[derive(Clone)]
+pub struct AbortHandle {
+    abort: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+impl AbortHandle {
+    /// A handle that calls `abort` with the reason.
+    pub(crate) fn new(abort: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        Self { abort: Arc::new(abort) }
+    }
+
+    /// Ends the group. `reason` completes the sentence "stopped because ...". The first reason stays.
+    pub fn abort(&self, reason: &str) {
+        (self.abort)(reason);
+    }
+}
+
+impl fmt::Debug for AbortHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("AbortHandle")
+    }
+}

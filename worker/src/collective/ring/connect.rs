@@ -1,0 +1,277 @@
+//! Forming a ring: dialling the next rank while the previous one comes in.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::{TcpStream, ToSocketAddrs},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustix::net::sockopt;
+use takuma_core::ids::Rank;
+
+use super::{
+    RingConfig, RingListener,
+    greeting::{ANSWER_BYTES, Answer, Greeting, run_hash},
+    notice::{Notice, Verdict},
+};
+use crate::collective::CollectiveError;
+
+const FORMING: &str = "forming the ring";
+
+/// First pause after a refused connection. It doubles up to [`RETRY_PAUSE_MAX`].
+const RETRY_PAUSE: Duration = Duration::from_millis(5);
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(200);
+/// How often a wait for an answer looks whether the other half of the formation has failed.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Longest try of one address.
+const DIAL_MAX: Duration = Duration::from_secs(2);
+
+/// Connections to both neighbours, by channel.
+pub(super) struct Neighbours {
+    pub from_previous: Vec<TcpStream>,
+    pub to_next: Vec<TcpStream>,
+}
+
+/// One formation. The first failure, of either half, ends both.
+struct Formation<'a> {
+    listener: &'a RingListener,
+    config: &'a RingConfig,
+    run: u64,
+    world: u32,
+    deadline: Instant,
+    failure: Mutex<Option<CollectiveError>>,
+}
+
+/// Connects to both neighbours.
+///
+/// # Errors
+/// What kept the ring from forming, with the rank that did not answer. The neighbours that were reached
+/// are told.
+pub(super) fn meet(listener: &RingListener, config: &RingConfig) -> Result<Neighbours, CollectiveError> {
+    let run = run_hash(&config.run);
+    if let Some(current) = listener.newer(run, config.generation) {
+        return Err(CollectiveError::StaleGeneration {
+            own: config.generation,
+            current,
+            detail: "this worker has heard of a newer one".into(),
+        });
+    }
+    listener.fence(&config.run, config.generation);
+    let formation = Formation {
+        listener,
+        config,
+        run,
+        world: config.world(),
+        deadline: Instant::now() + config.connect_timeout,
+        failure: Mutex::default(),
+    };
+    let (mut from_previous, mut to_next) = (Vec::new(), Vec::new());
+    std::thread::scope(|scope| {
+        scope.spawn(|| formation.note(formation.dial(&mut to_next)));
+        formation.note(formation.collect(&mut from_previous));
+    });
+    let failure = formation.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let failure = failure.or_else(|| from_previous.iter().chain(&to_next).find_map(|s| prepare(s, config).err()));
+    match failure {
+        None => Ok(Neighbours { from_previous, to_next }),
+        Some(failure) => {
+            for streams in [&from_previous, &to_next] {
+                tell(streams.first(), &failure, config);
+            }
+            Err(failure)
+        }
+    }
+}
+
+impl Formation<'_> {
+    fn note(&self, outcome: Result<(), CollectiveError>) {
+        if let Err(error) = outcome {
+            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            self.listener.notify();
+        }
+    }
+
+    fn has_failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn rank_at(&self, distance: u32) -> Rank {
+        Rank((self.config.rank.0 + distance) % self.world)
+    }
+
+    fn greeting(&self, from: Rank, to: Rank, channel: u16) -> Greeting {
+        Greeting {
+            run: self.run,
+            generation: self.config.generation,
+            from,
+            to,
+            world: self.world,
+            channel,
+            channels: self.config.sockets(),
+        }
+    }
+
+    fn late(&self, rank: Rank, detail: String) -> CollectiveError {
+        CollectiveError::Timeout {
+            rank,
+            waited: self.config.connect_timeout,
+            operation: FORMING.into(),
+            detail,
+        }
+    }
+
+    fn collect(&self, streams: &mut Vec<TcpStream>) -> Result<(), CollectiveError> {
+        let previous = self.rank_at(self.world - 1);
+        let wanted = self.greeting(previous, self.config.rank, 0);
+        let is_complete = self.listener.collect(&wanted, streams, self.deadline, || self.has_failed())?;
+        if is_complete || self.has_failed() {
+            return Ok(());
+        }
+        Err(self.late(previous, "it did not connect; can it reach this worker's address?".into()))
+    }
+
+    fn dial(&self, streams: &mut Vec<TcpStream>) -> Result<(), CollectiveError> {
+        let next = self.rank_at(1);
+        let address = &self.config.members[next.0 as usize];
+        for channel in 0..self.config.sockets() {
+            let Some(stream) = self.dial_once(next, address)? else { return Ok(()) };
+            let greeting = self.greeting(self.config.rank, next, channel).encode();
+            (&stream).write_all(&greeting).map_err(|error| lost(next, address, Some(error)))?;
+            streams.push(stream);
+        }
+        for stream in streams.iter() {
+            match self.answer(stream, next, address)? {
+                None => return Ok(()),
+                Some(Answer::Welcome) => {}
+                Some(Answer::Stale(current)) => {
+                    return Err(CollectiveError::StaleGeneration {
+                        own: self.config.generation,
+                        current,
+                        detail: format!("rank {next} at {address} has heard of a newer one"),
+                    });
+                }
+                Some(refusal) => {
+                    return Err(CollectiveError::Protocol {
+                        rank: next,
+                        operation: FORMING.into(),
+                        detail: match refusal {
+                            Answer::Version => format!("{address} runs another version of takuma"),
+                            _ => format!("{address} sees another group; all workers need the same settings"),
+                        },
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A connection to `address`, tried until the deadline. Nothing if the other half has failed.
+    fn dial_once(&self, next: Rank, address: &str) -> Result<Option<TcpStream>, CollectiveError> {
+        let mut pause = RETRY_PAUSE;
+        loop {
+            let error = match try_dial(address, self.deadline) {
+                Ok(stream) => return Ok(Some(stream)),
+                Err(error) => error,
+            };
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.late(next, format!("{address} does not take connections ({error})")));
+            }
+            if self.has_failed() {
+                return Ok(None);
+            }
+            std::thread::sleep(pause.min(left));
+            pause = (pause * 2).min(RETRY_PAUSE_MAX);
+        }
+    }
+
+    /// What `next` says to a greeting. Nothing if the other half has failed.
+    fn answer(
+        &self,
+        mut stream: &TcpStream,
+        next: Rank,
+        address: &str,
+    ) -> Result<Option<Answer>, CollectiveError> {
+        let broken = |error| lost(next, address, Some(error));
+        stream.set_read_timeout(Some(LOOK_EVERY)).map_err(broken)?;
+        let mut bytes = [0; ANSWER_BYTES];
+        let mut filled = 0;
+        while filled < ANSWER_BYTES {
+            match stream.read(&mut bytes[filled..]) {
+                Ok(0) => return Err(lost(next, address, None)),
+                Ok(count) => filled += count,
+                Err(error) if is_pause(&error) => {
+                    if self.has_failed() {
+                        return Ok(None);
+                    }
+                    if Instant::now() >= self.deadline {
+                        return Err(self.late(next, format!("{address} did not join the ring")));
+                    }
+                }
+                Err(error) => return Err(broken(error)),
+            }
+        }
+        match Answer::decode(&bytes) {
+            Some(answer) => Ok(Some(answer)),
+            None => Err(CollectiveError::Protocol {
+                rank: next,
+                operation: FORMING.into(),
+                detail: format!("what listens at {address} is no ring of takuma"),
+            }),
+        }
+    }
+}
+
+fn is_pause(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
+}
+
+fn lost(rank: Rank, address: &str, source: Option<io::Error>) -> CollectiveError {
+    CollectiveError::PeerLost {
+        rank,
+        operation: FORMING.into(),
+        detail: format!("{address} closed the connection"),
+        source: source.map(std::sync::Arc::new),
+    }
+}
+
+fn try_dial(address: &str, deadline: Instant) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
+    for resolved in address.to_socket_addrs()? {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // At least a millisecond, because zero is refused as an argument.
+        let limit = left.clamp(Duration::from_millis(1), DIAL_MAX);
+        match TcpStream::connect_timeout(&resolved, limit) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Sets what every socket of the ring needs. Buffer sizes are left to the kernel: it grows them as the
+/// link needs, and setting them ends that.
+fn prepare(stream: &TcpStream, config: &RingConfig) -> Result<(), CollectiveError> {
+    let set = || -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        sockopt::set_tcp_nodelay(stream, true)?;
+        sockopt::set_socket_keepalive(stream, true)?;
+        sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
+        sockopt::set_tcp_keepintvl(stream, Duration::from_secs(2))?;
+        sockopt::set_tcp_keepcnt(stream, 3)?;
+        let unacknowledged_ms = u32::try_from(config.timeout.as_millis()).unwrap_or(u32::MAX);
+        Ok(sockopt::set_tcp_user_timeout(stream, unacknowledged_ms)?)
+    };
+    set().map_err(|error| CollectiveError::local(FORMING, "a socket could not be set up", error))
+}
+
+/// Tells a neighbour over its control connection, if there is one, why there will be no ring.
+fn tell(control: Option<&TcpStream>, failure: &CollectiveError, config: &RingConfig) {
+    let Some(mut control) = control else { return };
+    let notice = Notice::Over(Verdict::of(failure, config.rank)).encode(config.generation);
+    if let Err(error) = control.write_all(&notice) {
+        tracing::debug!(%error, "a neighbour could not be told that the ring did not form");
+    }
+}
+
