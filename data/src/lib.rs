@@ -1,1 +1,27 @@
-//! data
+//! takuma's data path: archives of images in, shards of raw pixels out, and the shards' reader.
+//!
+//! [`prepare`] decodes, crops and resizes every image of a zip, tar or folder once, shuffles once, and
+//! writes shards with a manifest; [`synth`] does the same with faces drawn by program. [`Dataset`] is
+//! how workers read the result; [`inspect`] and [`verify`] are for people.
+//!
+//! Equal input and options give equal bytes, whatever the number of threads or the order inside an
+//! archive. Memory does not grow with the number of images. Knows nothing of models or of libtorch.
+
+mod archive;
+mod dataset;
+mod decode;
+mod error;
+mod jpeg;
+mod prepare;
+mod progress;
+mod quarantine;
+mod shard;
+mod spool;
+mod write;
+
+pub use dataset::{Dataset, Inspection, VerifyReport, inspect, verify};
+pub use error::DataError;
+pub use prepare::{PrepareOptions, PrepareReport, prepare, prepare_with_threads};
+pub use progress::{Progress, Stage};
+pub use quarantine::{Quarantined, Reason};
+pub use shard::Shard;
