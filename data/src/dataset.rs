@@ -89,7 +89,9 @@ fn check_manifest(manifest: &DatasetManifest) -> Result<(), String> {
         return Err(format!("its shards do not hold {} images together", manifest.images));
     }
     // Names are ours to choose; another one could point outside of the folder.
-    if let Some(shard) = (0u32..).zip(&manifest.shards).find(|(number, shard)| shard.file != shard_file(*number)) {
+    if let Some(shard) =
+        (0u32..).zip(&manifest.shards).find(|(number, shard)| shard.file != shard_file(*number))
+    {
         return Err(format!("shard {} is called '{}'", shard.0, shard.1.file));
     }
     if manifest.digest != dataset_digest(&manifest.shards) {
@@ -127,7 +129,8 @@ pub async fn inspect(dataset: &Store) -> Result<Inspection, DataError> {
         *quarantine.entry(line.reason.as_str().to_owned()).or_insert(0) += 1;
     }
     let images: Vec<u64> = manifest.shards.iter().map(|shard| shard.images).collect();
-    let steps_per_epoch = SlotMap::new(USUAL_BATCH, manifest.seed, &images).ok().map(|map| map.steps_per_epoch());
+    let steps_per_epoch =
+        SlotMap::new(USUAL_BATCH, manifest.seed, &images).ok().map(|map| map.steps_per_epoch());
     let size_bytes = manifest.shards.iter().map(|shard| shard.size_bytes).sum();
     Ok(Inspection { manifest, quarantine, steps_per_epoch, size_bytes })
 }

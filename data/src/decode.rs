@@ -60,7 +60,10 @@ impl Geometry {
             return absurd(format!("{width}x{height} pixels; at most {MAX_SIDE} a side are accepted"));
         }
         if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return absurd(format!("{width}x{height} pixels; at most {} million are accepted", MAX_PIXELS >> 20));
+            return absurd(format!(
+                "{width}x{height} pixels; at most {} million are accepted",
+                MAX_PIXELS >> 20
+            ));
         }
         if width.min(height) < self.crop.max(1) {
             let why = format!("{width}x{height} pixels; the crop needs {0}x{0}", self.crop.max(1));
@@ -68,7 +71,9 @@ impl Geometry {
         }
         if decode_bytes > MAX_DECODE_BYTES {
             let (needs, limit) = (decode_bytes >> 20, MAX_DECODE_BYTES >> 20);
-            return absurd(format!("{width}x{height} pixels need {needs} MiB to decode; at most {limit} are accepted"));
+            return absurd(format!(
+                "{width}x{height} pixels need {needs} MiB to decode; at most {limit} are accepted"
+            ));
         }
         Ok(())
     }
@@ -207,7 +212,9 @@ impl<'a> Decoder<'a> {
         let (color, _) = reader.output_color_type();
         let decode_bytes = u64::from(width) * u64::from(height) * (color.samples() as u64).max(3);
         let _loan = self.budget.borrow(decode_bytes);
-        let bytes = reader.output_buffer_size().ok_or_else(|| Refusal::new(Reason::DecodeError, "it is too large"))?;
+        let bytes = reader
+            .output_buffer_size()
+            .ok_or_else(|| Refusal::new(Reason::DecodeError, "it is too large"))?;
         self.pixels.resize(bytes.max(decode_bytes as usize), 0);
         reader.next_frame(&mut self.pixels[..bytes]).map_err(|error| refuse_png(&error))?;
         reader.finish().map_err(|error| refuse_png(&error))?;
@@ -246,12 +253,16 @@ pub(crate) fn shrink(
     let failed = |error: String| Refusal::new(Reason::DecodeError, format!("it cannot be resized: {error}"));
     let (width, height) = sides;
     let (left, top, side) = geometry.square(width, height);
-    let from = ImageRef::new(width, height, pixels, PixelType::U8x3).map_err(|error| failed(error.to_string()))?;
+    let from =
+        ImageRef::new(width, height, pixels, PixelType::U8x3).map_err(|error| failed(error.to_string()))?;
     let mut to = Image::from_slice_u8(geometry.size, geometry.size, out, PixelType::U8x3)
         .map_err(|error| failed(error.to_string()))?;
-    let options = ResizeOptions::new()
-        .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
-        .crop(f64::from(left), f64::from(top), f64::from(side), f64::from(side));
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(
+        f64::from(left),
+        f64::from(top),
+        f64::from(side),
+        f64::from(side),
+    );
     resizer.resize(&from, &mut to, &options).map_err(|error| failed(error.to_string()))
 }
 
@@ -297,7 +308,9 @@ fn refuse_jpeg(error: &DecodeErrors) -> Refusal {
 
 fn refuse_png(error: &png::DecodingError) -> Refusal {
     let reason = match error {
-        png::DecodingError::IoError(io) if io.kind() == std::io::ErrorKind::UnexpectedEof => Reason::Truncated,
+        png::DecodingError::IoError(io) if io.kind() == std::io::ErrorKind::UnexpectedEof => {
+            Reason::Truncated
+        }
         _ => Reason::DecodeError,
     };
     Refusal::new(reason, one_line(&error.to_string()))

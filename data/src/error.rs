@@ -31,7 +31,9 @@ pub enum DataError {
         url: String,
     },
     /// The source is a file, but no archive that we know.
-    #[error("{path} is not a whole zip or tar archive ({reason}); give an archive or a folder of JPEG or PNG, or download it again")]
+    #[error(
+        "{path} is not a whole zip or tar archive ({reason}); give an archive or a folder of JPEG or PNG, or download it again"
+    )]
     NotAnArchive {
         /// As given.
         path: String,
@@ -47,7 +49,9 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// Nothing of the source could be used.
-    #[error("{path} holds no usable image: {refused} refused{first}; give JPEG or PNG images that are at least as large as --crop")]
+    #[error(
+        "{path} holds no usable image: {refused} refused{first}; give JPEG or PNG images that are at least as large as --crop"
+    )]
     NoUsableImage {
         /// As given.
         path: String,
@@ -65,7 +69,9 @@ pub enum DataError {
         shards: u32,
     },
     /// A shard is written and read in one piece and must stay small.
-    #[error("{shards} shards would be {shard_mib} MiB each and at most {limit_mib} MiB are possible; choose --shards {least} or more")]
+    #[error(
+        "{shards} shards would be {shard_mib} MiB each and at most {limit_mib} MiB are possible; choose --shards {least} or more"
+    )]
     ShardTooLarge {
         /// Shards asked for.
         shards: u32,
@@ -91,7 +97,9 @@ pub enum DataError {
         source: StoreError,
     },
     /// The decoded images find no room on the disk until they are written as shards.
-    #[error("cannot keep {needed_mib} MiB of decoded images in {folder} for the time of the job: {source}; free space there or set TMPDIR")]
+    #[error(
+        "cannot keep {needed_mib} MiB of decoded images in {folder} for the time of the job: {source}; free space there or set TMPDIR"
+    )]
     Spool {
         /// The folder of the temporary file.
         folder: PathBuf,

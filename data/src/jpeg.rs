@@ -119,7 +119,8 @@ impl Frame {
         if width == 0 || height == 0 {
             return Err(damaged("it has a side of 0 pixels"));
         }
-        let factors = |component: &[u8]| (u64::from(component[1] >> 4).max(1), u64::from(component[1] & 15).max(1));
+        let factors =
+            |component: &[u8]| (u64::from(component[1] >> 4).max(1), u64::from(component[1] & 15).max(1));
         let sampling: Vec<(u64, u64)> = rest.chunks_exact(3).map(factors).collect();
         let h_max = sampling.iter().map(|&(h, _)| h).max().unwrap_or(1);
         let v_max = sampling.iter().map(|&(_, v)| v).max().unwrap_or(1);

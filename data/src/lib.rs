@@ -8,15 +8,18 @@
 //! archive. Memory does not grow with the number of images. Knows nothing of models or of libtorch.
 
 mod archive;
+mod canvas;
 mod dataset;
 mod decode;
 mod error;
+mod face;
 mod jpeg;
 mod prepare;
 mod progress;
 mod quarantine;
 mod shard;
 mod spool;
+mod synth;
 mod write;
 
 pub use dataset::{Dataset, Inspection, VerifyReport, inspect, verify};
@@ -25,3 +28,4 @@ pub use prepare::{PrepareOptions, PrepareReport, prepare, prepare_with_threads};
 pub use progress::{Progress, Stage};
 pub use quarantine::{Quarantined, Reason};
 pub use shard::Shard;
+pub use synth::{SynthOptions, synth, synth_archive};

@@ -72,7 +72,10 @@ impl Spool {
         };
         let ended: Vec<Result<(), Stop>> = std::thread::scope(|scope| {
             let started: Vec<_> = (0..threads.get()).map(|_| scope.spawn(|| work.run())).collect();
-            started.into_iter().map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
+            started
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+                .collect()
         });
         let mut refused = work.refused.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         for result in ended {
@@ -83,8 +86,10 @@ impl Spool {
         }
         refused.sort_by_key(|&(index, _)| index);
         let mut bad = refused.iter().map(|&(index, _)| index).peekable();
-        let usable =
-            (0..frames.len()).filter(|index| bad.next_if_eq(index).is_none()).map(|index| index as u32).collect();
+        let usable = (0..frames.len())
+            .filter(|index| bad.next_if_eq(index).is_none())
+            .map(|index| index as u32)
+            .collect();
         let refused = refused.into_iter().map(|(_, line)| line).collect();
         Ok(Self { file, folder: folder.to_owned(), frame_bytes, usable, refused })
     }

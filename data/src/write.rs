@@ -43,7 +43,8 @@ pub(crate) struct Plan {
 impl Plan {
     /// Refuses options that cannot work.
     pub(crate) fn validate(&self) -> Result<(), DataError> {
-        let out_of = |option, value: u32, range| Err(DataError::Option { option, value: u64::from(value), range });
+        let out_of =
+            |option, value: u32, range| Err(DataError::Option { option, value: u64::from(value), range });
         if !(1..=MAX_SIZE).contains(&self.geometry.size) {
             return out_of("--size", self.geometry.size, "1 to 1024 pixels");
         }
@@ -95,7 +96,11 @@ pub(crate) async fn write_dataset<F: Frames + 'static>(
         let first = spool.refused.first().map_or(String::new(), |line| {
             format!(" (the first: {}: {}, {})", line.file, line.reason.as_str(), line.detail)
         });
-        return Err(DataError::NoUsableImage { path: plan.source, refused: spool.refused.len() as u64, first });
+        return Err(DataError::NoUsableImage {
+            path: plan.source,
+            refused: spool.refused.len() as u64,
+            first,
+        });
     }
     plan.check_images(images)?;
     let written = write_objects(Arc::new(spool), &plan, destination, job).await;
@@ -151,7 +156,8 @@ async fn sweep(destination: &Store) -> Result<(), DataError> {
 
 fn is_ours(name: &str) -> bool {
     let number = name.strip_prefix("shard-").and_then(|rest| rest.strip_suffix(".safetensors"));
-    let is_shard = number.and_then(|digits| digits.parse().ok()).is_some_and(|shard| name == shard_file(shard));
+    let is_shard =
+        number.and_then(|digits| digits.parse().ok()).is_some_and(|shard| name == shard_file(shard));
     is_shard || name == QUARANTINE_FILE || name == MANIFEST_FILE || name == PROBE_FILE
 }
 
@@ -169,7 +175,8 @@ async fn write_objects(
     let images = spool.usable.len() as u64;
     let quarantined = spool.refused.len() as u64;
     let order = CounterRng::new(plan.seed, Purpose::DatasetShuffle, 0, 0).permutation(images);
-    let layout = Arc::new(Layout { spool: Arc::clone(&spool), order, shards: plan.shards, size: plan.geometry.size });
+    let layout =
+        Arc::new(Layout { spool: Arc::clone(&spool), order, shards: plan.shards, size: plan.geometry.size });
     let largest_bytes = images.div_ceil(u64::from(plan.shards)) * plan.geometry.frame_bytes() as u64;
     let in_flight = (IN_FLIGHT_BYTES / largest_bytes).clamp(1, MAX_IN_FLIGHT) as usize;
     let total = Some(u64::from(plan.shards));
