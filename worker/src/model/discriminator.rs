@@ -1,0 +1,91 @@
+//! DCGAN's discriminator: 64x64 colour images to one logit each.
+
+use tch::Tensor;
+
+use super::batch_norm::{BatchNorm, NormUpdates, Pass};
+use super::layers::{Conv, Linear};
+use super::parameters::{Network, Parameter, Weights};
+use crate::torch::TorchError;
+
+/// LeakyReLU's negative slope.
+///
+/// # Source
+/// Radford et al. 2016 (DCGAN), section 4.
+const SLOPE: f64 = 0.2;
+
+/// Four 5x5 stride-2 convolutions, batch norm on the last three, LeakyReLU after each, one linear.
+#[derive(Debug)]
+pub struct Discriminator {
+    conv1: Conv,
+    conv2: Conv,
+    bn2: BatchNorm,
+    conv3: Conv,
+    bn3: BatchNorm,
+    conv4: Conv,
+    bn4: BatchNorm,
+    fc: Linear,
+}
+
+impl Discriminator {
+    /// With `c` channels after the first convolution and twice as many after each further one.
+    pub fn new(weights: &mut Weights, c: i64) -> Self {
+        Self {
+            conv1: Conv::new(weights, "conv1", 3, c),
+            conv2: Conv::new(weights, "conv2", c, 2 * c),
+            bn2: BatchNorm::new(weights, "bn2", 2 * c),
+            conv3: Conv::new(weights, "conv3", 2 * c, 4 * c),
+            bn3: BatchNorm::new(weights, "bn3", 4 * c),
+            conv4: Conv::new(weights, "conv4", 4 * c, 8 * c),
+            bn4: BatchNorm::new(weights, "bn4", 8 * c),
+            fc: Linear::new(weights, "fc", 8 * c * 4 * 4, 1),
+        }
+    }
+
+    /// Logits in training.
+    ///
+    /// # Shapes
+    /// `images_nchw` `[N, 3, 64, 64]` in `[-1, 1]` to `[N]`.
+    ///
+    /// # Errors
+    /// libtorch's, or a failed exchange of batch statistics.
+    pub fn train(
+        &self,
+        images_nchw: &Tensor,
+        pass: &Pass,
+        updates: &mut NormUpdates,
+    ) -> Result<Tensor, TorchError> {
+        let mut x = self.conv1.forward(images_nchw);
+        x = x.maximum(&(&x * SLOPE));
+        for (conv, norm) in [(&self.conv2, &self.bn2), (&self.conv3, &self.bn3), (&self.conv4, &self.bn4)] {
+            x = norm.train(&conv.forward(&x), SLOPE, pass, updates)?;
+        }
+        // PyTorch flattens in [C, H, W] order whatever the memory's.
+        Ok(self.fc.forward(&x.contiguous().flatten(1, -1)).view(-1))
+    }
+}
+
+impl Network for Discriminator {
+    fn parameters(&self) -> Vec<&Parameter> {
+        [
+            self.conv1.parameters(),
+            self.conv2.parameters(),
+            self.bn2.parameters(),
+            self.conv3.parameters(),
+            self.bn3.parameters(),
+            self.conv4.parameters(),
+            self.bn4.parameters(),
+            self.fc.parameters(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    fn norms(&self) -> Vec<&BatchNorm> {
+        vec![&self.bn2, &self.bn3, &self.bn4]
+    }
+
+    fn norms_mut(&mut self) -> Vec<&mut BatchNorm> {
+        vec![&mut self.bn2, &mut self.bn3, &mut self.bn4]
+    }
+}

@@ -1,0 +1,121 @@
+//! DCGAN's generator: noise to 64x64 colour images.
+
+use tch::Tensor;
+
+use super::batch_norm::{BatchNorm, NormUpdates, Pass};
+use super::layers::{Deconv, Linear};
+use super::parameters::{Network, Parameter, Weights, channels_last};
+use crate::torch::TorchError;
+
+/// Numbers in one noise vector.
+pub const NOISE_LEN: i64 = 100;
+/// Side of the first feature map.
+const START: i64 = 4;
+/// No activation behind a batch norm.
+const LINEAR: f64 = 1.0;
+/// ReLU behind a batch norm.
+const RELU: f64 = 0.0;
+
+/// A linear layer with ReLU, then batch norm and four 5x5 stride-2 transposed convolutions; tanh.
+#[derive(Debug)]
+pub struct Generator {
+    channels: i64,
+    fc: Linear,
+    bn0: BatchNorm,
+    deconv1: Deconv,
+    bn1: BatchNorm,
+    deconv2: Deconv,
+    bn2: BatchNorm,
+    deconv3: Deconv,
+    bn3: BatchNorm,
+    deconv4: Deconv,
+}
+
+impl Generator {
+    /// With `8c` channels in the first feature map, halved by each transposed convolution.
+    pub fn new(weights: &mut Weights, c: i64) -> Self {
+        Self {
+            channels: 8 * c,
+            fc: Linear::new(weights, "fc", NOISE_LEN, 8 * c * START * START),
+            bn0: BatchNorm::new(weights, "bn0", 8 * c),
+            deconv1: Deconv::new(weights, "deconv1", 8 * c, 4 * c),
+            bn1: BatchNorm::new(weights, "bn1", 4 * c),
+            deconv2: Deconv::new(weights, "deconv2", 4 * c, 2 * c),
+            bn2: BatchNorm::new(weights, "bn2", 2 * c),
+            deconv3: Deconv::new(weights, "deconv3", 2 * c, c),
+            bn3: BatchNorm::new(weights, "bn3", c),
+            deconv4: Deconv::new(weights, "deconv4", c, 3),
+        }
+    }
+
+    /// Images in training.
+    ///
+    /// # Shapes
+    /// `noise_nz` `[N, 100]` in `[-1, 1]` to `[N, 3, 64, 64]` in `[-1, 1]`, channels_last.
+    ///
+    /// # Errors
+    /// libtorch's, or a failed exchange of batch statistics.
+    pub fn train(
+        &self,
+        noise_nz: &Tensor,
+        pass: &Pass,
+        updates: &mut NormUpdates,
+    ) -> Result<Tensor, TorchError> {
+        let mut x = self.bn0.train(&self.stem(noise_nz), LINEAR, pass, updates)?;
+        for (deconv, norm) in self.blocks() {
+            x = norm.train(&deconv.forward(&x), RELU, pass, updates)?;
+        }
+        Ok(self.deconv4.forward(&x).tanh())
+    }
+
+    /// Images with the running statistics: what samples show.
+    ///
+    /// # Shapes
+    /// As [`Generator::train`].
+    #[must_use]
+    pub fn infer(&self, noise_nz: &Tensor) -> Tensor {
+        tch::no_grad(|| {
+            let mut x = self.bn0.infer(&self.stem(noise_nz), LINEAR);
+            for (deconv, norm) in self.blocks() {
+                x = norm.infer(&deconv.forward(&x), RELU);
+            }
+            self.deconv4.forward(&x).tanh()
+        })
+    }
+
+    fn stem(&self, noise_nz: &Tensor) -> Tensor {
+        let x = self.fc.forward(noise_nz).relu();
+        channels_last(&x.view([-1, self.channels, START, START]))
+    }
+
+    fn blocks(&self) -> [(&Deconv, &BatchNorm); 3] {
+        [(&self.deconv1, &self.bn1), (&self.deconv2, &self.bn2), (&self.deconv3, &self.bn3)]
+    }
+}
+
+impl Network for Generator {
+    fn parameters(&self) -> Vec<&Parameter> {
+        [
+            self.fc.parameters(),
+            self.bn0.parameters(),
+            self.deconv1.parameters(),
+            self.bn1.parameters(),
+            self.deconv2.parameters(),
+            self.bn2.parameters(),
+            self.deconv3.parameters(),
+            self.bn3.parameters(),
+            self.deconv4.parameters(),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    fn norms(&self) -> Vec<&BatchNorm> {
+        vec![&self.bn0, &self.bn1, &self.bn2, &self.bn3]
+    }
+
+    fn norms_mut(&mut self) -> Vec<&mut BatchNorm> {
+        vec![&mut self.bn0, &mut self.bn1, &mut self.bn2, &mut self.bn3]
+    }
+}

@@ -1,0 +1,84 @@
+//! Convolutions and the linear layer: parameters and the fastest exact way through libtorch.
+
+use tch::Tensor;
+
+use super::parameters::{Parameter, Weights};
+
+/// Side of every kernel.
+const KERNEL: i64 = 5;
+
+/// 5x5 convolution of stride 2 with bias: halves height and width.
+#[derive(Debug)]
+pub struct Conv {
+    weight: Parameter,
+    bias: Parameter,
+}
+
+impl Conv {
+    pub fn new(weights: &mut Weights, name: &str, inputs: i64, outputs: i64) -> Self {
+        Self {
+            weight: weights.truncated_normal(&format!("{name}.weight"), &[outputs, inputs, KERNEL, KERNEL]),
+            bias: weights.constant(&format!("{name}.bias"), &[outputs], 0.0),
+        }
+    }
+
+    /// `[N, C, H, W]` to `[N, outputs, H/2, W/2]`. Source: `torch.nn.Conv2d(C, outputs, 5, 2, 2)`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.conv2d(&self.weight.tensor, Some(&self.bias.tensor), [2, 2], [2, 2], [1, 1], 1)
+    }
+
+    pub fn parameters(&self) -> [&Parameter; 2] {
+        [&self.weight, &self.bias]
+    }
+}
+
+/// 5x5 transposed convolution of stride 2 with bias: doubles height and width.
+#[derive(Debug)]
+pub struct Deconv {
+    weight: Parameter,
+    bias: Parameter,
+}
+
+impl Deconv {
+    pub fn new(weights: &mut Weights, name: &str, inputs: i64, outputs: i64) -> Self {
+        Self {
+            weight: weights.normal(&format!("{name}.weight"), &[inputs, outputs, KERNEL, KERNEL]),
+            bias: weights.constant(&format!("{name}.bias"), &[outputs], 0.0),
+        }
+    }
+
+    /// `[N, C, H, W]` to `[N, outputs, 2H, 2W]`.
+    /// Source: `torch.nn.ConvTranspose2d(C, outputs, 5, 2, 2, output_padding=1)`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.conv_transpose2d(&self.weight.tensor, Some(&self.bias.tensor), [2, 2], [2, 2], [1, 1], 1, [1, 1])
+    }
+
+    pub fn parameters(&self) -> [&Parameter; 2] {
+        [&self.weight, &self.bias]
+    }
+}
+
+/// Fully connected layer with bias.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Parameter,
+    bias: Parameter,
+}
+
+impl Linear {
+    pub fn new(weights: &mut Weights, name: &str, inputs: i64, outputs: i64) -> Self {
+        Self {
+            weight: weights.normal(&format!("{name}.weight"), &[outputs, inputs]),
+            bias: weights.constant(&format!("{name}.bias"), &[outputs], 0.0),
+        }
+    }
+
+    /// `[N, inputs]` to `[N, outputs]`. Source: `torch.nn.Linear`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight.tensor, Some(&self.bias.tensor))
+    }
+
+    pub fn parameters(&self) -> [&Parameter; 2] {
+        [&self.weight, &self.bias]
+    }
+}

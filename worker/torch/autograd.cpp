@@ -1,0 +1,74 @@
+// Selective backward, gradient hooks, fused Adam, denormals.
+#include "shim.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/_fused_adam.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "guard.h"
+
+namespace {
+
+class GradientHook : public torch::autograd::PostAccumulateGradHook {
+ public:
+  GradientHook(size_t index, takuma_gradient_sink sink) : index_(index), sink_(sink) {}
+  GradientHook(const GradientHook &) = delete;
+  GradientHook &operator=(const GradientHook &) = delete;
+  ~GradientHook() override { sink_.drop(sink_.context); }
+
+  void operator()(const torch::autograd::Variable &parameter) override {
+    at::Tensor gradient = parameter.grad();
+    if (sink_.call(sink_.context, index_, &gradient) != 0)
+      throw std::runtime_error("the gradient exchange failed");
+  }
+
+ private:
+  size_t index_;
+  takuma_gradient_sink sink_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void takuma_free_error(char *message) { free(message); }
+
+void takuma_flush_denormals(void) { at::globalContext().setFlushDenormal(true); }
+
+char *takuma_backward(tensor loss, const tensor *inputs, size_t n_inputs) {
+  return guarded([&] {
+    torch::autograd::backward({deref(loss)}, {}, /*retain_graph=*/false, /*create_graph=*/false,
+                              list(inputs, n_inputs));
+  });
+}
+
+char *takuma_set_gradient_hook(tensor parameter, size_t index, takuma_gradient_sink sink) {
+  auto hook = std::make_unique<GradientHook>(index, sink);
+  return guarded([&] {
+    torch::autograd::impl::set_post_acc_grad_hooks(deref(parameter), std::move(hook));
+  });
+}
+
+char *takuma_clear_gradients(const tensor *params, size_t n) {
+  return guarded([&] {
+    for (auto &parameter : list(params, n)) parameter.mutable_grad().reset();
+  });
+}
+
+char *takuma_fused_adam(const tensor *params, const tensor *grads, const tensor *exp_avgs,
+                        const tensor *exp_avg_sqs, const tensor *steps, size_t n, double lr,
+                        double beta1, double beta2, double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    auto counted = list(steps, n);
+    for (auto &step : counted) step.add_(1);
+    at::_fused_adam_(list(params, n), list(grads, n), list(exp_avgs, n), list(exp_avg_sqs, n), {},
+                     counted, lr, beta1, beta2, /*weight_decay=*/0.0, eps, /*amsgrad=*/false,
+                     /*maximize=*/false);
+  });
+}
+
+}  // extern "C"
