@@ -84,7 +84,9 @@ impl CollectiveError {
     #[must_use]
     pub fn suspect_rank(&self) -> Option<Rank> {
         match self {
-            Self::PeerLost { rank, .. } | Self::Timeout { rank, .. } | Self::Protocol { rank, .. } => Some(*rank),
+            Self::PeerLost { rank, .. } | Self::Timeout { rank, .. } | Self::Protocol { rank, .. } => {
+                Some(*rank)
+            }
             Self::Aborted { .. } | Self::StaleGeneration { .. } | Self::Local { .. } => None,
         }
     }

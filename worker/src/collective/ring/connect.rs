@@ -72,7 +72,8 @@ pub(super) fn meet(listener: &RingListener, config: &RingConfig) -> Result<Neigh
         formation.note(formation.collect(&mut from_previous));
     });
     let failure = formation.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let failure = failure.or_else(|| from_previous.iter().chain(&to_next).find_map(|s| prepare(s, config).err()));
+    let failure =
+        failure.or_else(|| from_previous.iter().chain(&to_next).find_map(|s| prepare(s, config).err()));
     match failure {
         None => Ok(Neighbours { from_previous, to_next }),
         Some(failure) => {
@@ -274,4 +275,3 @@ fn tell(control: Option<&TcpStream>, failure: &CollectiveError, config: &RingCon
         tracing::debug!(%error, "a neighbour could not be told that the ring did not form");
     }
 }
-

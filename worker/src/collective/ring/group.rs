@@ -69,6 +69,8 @@ pub(super) struct Group {
 struct State {
     failure: Option<CollectiveError>,
     is_closing: bool,
+    /// The neighbours have been told; only now may the control connections be closed.
+    is_told: bool,
     sides: [SideState; 2],
 }
 
@@ -148,9 +150,9 @@ impl Group {
         self.state().failure.clone()
     }
 
+    /// The group failed or closed, and the neighbours have been told.
     pub(super) fn is_over(&self) -> bool {
-        let state = self.state();
-        state.failure.is_some() || state.is_closing
+        self.state().is_told
     }
 
     pub(super) fn side(&self, side: Side) -> SideState {
@@ -195,12 +197,7 @@ impl Group {
             state.failure = Some(error.clone());
         }
         self.changed.notify_all();
-        let notice = Notice::Over(verdict);
-        for side in Side::BOTH {
-            self.tell(side, &notice);
-        }
-        self.shut_data();
-        self.wake_warden();
+        self.finish(&Notice::Over(verdict));
         error
     }
 
@@ -213,9 +210,14 @@ impl Group {
             }
             state.is_closing = true;
         }
+        self.finish(&Notice::Farewell);
+    }
+
+    fn finish(&self, notice: &Notice) {
         for side in Side::BOTH {
-            self.tell(side, &Notice::Farewell);
+            self.tell(side, notice);
         }
+        self.state().is_told = true;
         self.shut_data();
         self.wake_warden();
     }
@@ -238,7 +240,12 @@ impl Group {
     }
 
     /// What a broken data socket means. Waits briefly for the control connection's word.
-    pub(super) fn lost(&self, side: Side, operation: Operation, source: Option<io::Error>) -> CollectiveError {
+    pub(super) fn lost(
+        &self,
+        side: Side,
+        operation: Operation,
+        source: Option<io::Error>,
+    ) -> CollectiveError {
         let peer = self.peer(side);
         let state = self.state();
         let (state, _) = self
@@ -272,8 +279,9 @@ impl Group {
         if idle.is_none() {
             let grace = VERDICT_GRACE.max(self.timeout / 4);
             let state = self.state();
-            let outcome =
-                self.changed.wait_timeout_while(state, grace, |state| state.failure.is_none() && !state.is_closing);
+            let outcome = self
+                .changed
+                .wait_timeout_while(state, grace, |state| state.failure.is_none() && !state.is_closing);
             drop(outcome.unwrap_or_else(PoisonError::into_inner));
         }
         let side = idle.or_else(|| sides.first().copied()).unwrap_or(Side::Previous);
@@ -293,7 +301,11 @@ impl Group {
     /// Breaks every connection without a word, as the kernel does for a killed process.
     #[cfg(test)]
     pub(super) fn vanish(&self) {
-        self.state().is_closing = true;
+        {
+            let mut state = self.state();
+            state.is_closing = true;
+            state.is_told = true;
+        }
         self.shut_data();
         for side in Side::BOTH {
             self.shut(self.control(side), Shutdown::Both);

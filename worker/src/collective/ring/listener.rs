@@ -27,11 +27,11 @@ use crate::collective::CollectiveError;
 /// A greeting fits one packet; whoever needs longer is lost or means no good.
 const GREETING_DEADLINE: Duration = Duration::from_secs(5);
 /// Most connections that may be greeting at once.
-const GREETING_MAX: usize = 128;
+pub(super) const GREETING_MAX: usize = 128;
 /// Greeted connections wait this long for their generation: longer than any formation of a group takes.
 const PARKED_EXPIRY: Duration = Duration::from_secs(120);
 /// Most connections that may wait for their generation: several groups of the largest kind.
-const PARKED_MAX: usize = 256;
+pub(super) const PARKED_MAX: usize = 256;
 /// Runs whose newest generation is remembered.
 const RUNS_MAX: usize = 64;
 /// Pause after the system refused a connection, for want of descriptors say.
@@ -126,7 +126,8 @@ impl RingListener {
         let listener = TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address_bound = listener.local_addr().map_err(failed)?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
+        let wake =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
         let hall = Arc::new(Hall {
             guests: Mutex::default(),
             changed: Condvar::new(),

@@ -9,6 +9,8 @@
 //! through the sockets `pipe.rs`, and how the end of a group reaches every rank `group.rs`.
 
 mod connect;
+#[cfg(test)]
+mod faults;
 mod flow;
 mod frame;
 mod greeting;
@@ -207,8 +209,9 @@ impl Ring {
 
 impl Links {
     fn new(neighbours: connect::Neighbours, config: &RingConfig) -> Result<Self, CollectiveError> {
-        let failed =
-            |error| CollectiveError::local("forming the ring", "this machine is out of threads or files", error);
+        let failed = |error| {
+            CollectiveError::local("forming the ring", "this machine is out of threads or files", error)
+        };
         let mut from_previous = neighbours.from_previous.into_iter();
         let mut to_next = neighbours.to_next.into_iter();
         let (Some(control_previous), Some(control_next)) = (from_previous.next(), to_next.next()) else {
@@ -285,7 +288,11 @@ fn sum_buckets(mut pipe: Pipe, jobs: &Receiver<Job>) {
     }
 }
 
-fn sum_bucket(pipe: &mut Pipe, mut bucket: Vec<f32>, scratch: &mut [f32]) -> Result<Vec<f32>, CollectiveError> {
+fn sum_bucket(
+    pipe: &mut Pipe,
+    mut bucket: Vec<f32>,
+    scratch: &mut [f32],
+) -> Result<Vec<f32>, CollectiveError> {
     sum_in_ring(pipe, Kind::Bucket, &mut bucket, scratch)?;
     Ok(bucket)
 }
@@ -357,10 +364,12 @@ impl Short {
 
     fn broadcast(&mut self, root: Rank, bytes: &mut Vec<u8>) -> Result<(), CollectiveError> {
         let (seat, root_index) = (seat(&self.pipe.group), root.0 as usize);
-        let mut length = (bytes.len() as u64).to_le_bytes();
-        let mut flow = BroadcastFlow { seat, root: root_index, bytes: &mut length };
-        self.pipe.run(Kind::BroadcastLength, u64::from(root.0), &mut flow)?;
-        let length = self.checked_length(root, u64::from_le_bytes(length), "broadcast")?;
+        // Everybody hears everybody's length, so ranks that mean different roots find out here.
+        let own = (bytes.len() as u64).to_le_bytes();
+        let total = u64::from(root.0);
+        self.gather_equal(Kind::BroadcastLength, total, own.len(), |block| block.extend_from_slice(&own))?;
+        let length = frame::u64_at(&self.blocks, root_index * own.len());
+        let length = self.checked_length(root, length, "broadcast")?;
         bytes.resize(length, 0);
         let mut flow = BroadcastFlow { seat, root: root_index, bytes };
         self.pipe.run(Kind::Broadcast, length as u64, &mut flow)?;
@@ -379,7 +388,10 @@ impl Short {
 }
 
 impl Links {
-    fn short<T>(&self, work: impl FnOnce(&mut Short) -> Result<T, CollectiveError>) -> Result<T, CollectiveError> {
+    fn short<T>(
+        &self,
+        work: impl FnOnce(&mut Short) -> Result<T, CollectiveError>,
+    ) -> Result<T, CollectiveError> {
         work(&mut self.short.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -474,7 +486,10 @@ impl Collective for Ring {
         let group = Arc::downgrade(&links.group);
         AbortHandle::new(move |reason| {
             if let Some(group) = group.upgrade() {
-                group.fail(CollectiveError::Aborted { operation: "the exchange".into(), reason: reason.into() });
+                group.fail(CollectiveError::Aborted {
+                    operation: "the exchange".into(),
+                    reason: reason.into(),
+                });
             }
         })
     }

@@ -200,7 +200,8 @@ impl Pipe {
         let payload = flow.incoming(received.hop, frame.span.clone());
         let head = &mut frame.wire[frame.moved.min(HEADER_BYTES)..];
         let body = &mut payload[frame.moved.saturating_sub(HEADER_BYTES)..];
-        let outcome = (&*self.from_previous).read_vectored(&mut [IoSliceMut::new(head), IoSliceMut::new(body)]);
+        let outcome =
+            (&*self.from_previous).read_vectored(&mut [IoSliceMut::new(head), IoSliceMut::new(body)]);
         let step = match outcome {
             Ok(0) => return Err(self.group.lost(Side::Previous, operation, None)),
             Ok(bytes) => {

@@ -41,7 +41,9 @@ pub(super) fn watch(group: &Arc<Group>) {
         filled: 0,
         is_open: true,
     });
-    let beat = (group.silence / 5).clamp(Duration::from_millis(2), Duration::from_millis(500));
+    // Often enough that what a neighbour last said is fresh when a wait for it runs out.
+    let beat = (group.silence / 5).min(group.timeout / 5);
+    let beat = beat.clamp(Duration::from_millis(2), Duration::from_millis(500));
     let mut beat_at = now;
     while !group.is_over() {
         #[cfg(test)]
@@ -90,7 +92,11 @@ fn wait(group: &Group, ears: &[Ear; 2], limit: Duration, until_over: bool) {
     if let Err(error) = poll(&mut fds, Some(&limit))
         && error != rustix::io::Errno::INTR
     {
-        group.fail(CollectiveError::local("watching the neighbours", "waiting for sockets failed", error.into()));
+        group.fail(CollectiveError::local(
+            "watching the neighbours",
+            "waiting for sockets failed",
+            error.into(),
+        ));
     }
 }
 
