@@ -1,0 +1,46 @@
+# takuma's commands. `make demo` and `make test` do all set-up themselves.
+.DEFAULT_GOAL := help
+.PHONY: help demo build test image test-compose bench lint fmt clean setup
+# The parts of a target depend on each other, and cargo uses all cores by itself.
+.NOTPARALLEL:
+
+CARGO := cargo
+RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+demo: build ## train on synthetic faces with two local workers, and show the result
+	@$(RELEASE)/takuma demo
+
+build: setup ## leave takuma, takuma-coordinator and takuma-worker in target/release
+	@$(CARGO) build --release --locked --workspace --bins
+
+test: build ## run all tests
+	@$(CARGO) test --release --locked --workspace
+
+image: build ## make the container image takuma:latest for deploy/compose.yaml
+	@scripts/build-image.sh
+
+test-compose: build ## train in containers with an S3 server; needs a Docker engine
+	@scripts/test-compose.sh
+
+bench: build ## seconds per iteration beside PyTorch's, on this machine
+	@bench/run.sh
+
+lint: setup ## format, clippy, arrows and file sizes
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --release --locked --workspace --all-targets --quiet -- -D warnings
+	@scripts/check-arrows.sh
+	@scripts/check-arrows.sh --self-test
+	@scripts/check-size.sh
+
+fmt: ## format all Rust code
+	@$(CARGO) fmt --all
+
+clean: ## remove everything that was built, libtorch included
+	@rm -rf target .libtorch
+
+setup:
+	@scripts/check-tools.sh
+	@scripts/setup-libtorch.sh
