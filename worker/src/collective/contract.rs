@@ -24,11 +24,17 @@ fn ring(world: usize) -> Members {
     rings(world, 2)
 }
 
+/// The ring as it is between machines.
+fn ring_over_tcp(world: usize) -> Members {
+    boxed(form(world, |config| config.use_local_sockets = false))
+}
+
 fn rings(world: usize, channels: usize) -> Members {
-    form(world, |config| config.channels = channels)
-        .into_iter()
-        .map(|ring| Box::new(ring) as Box<dyn Collective>)
-        .collect()
+    boxed(form(world, |config| config.channels = channels))
+}
+
+fn boxed(rings: Vec<Ring>) -> Members {
+    rings.into_iter().map(|ring| Box::new(ring) as Box<dyn Collective>).collect()
 }
 
 /// A ring of `world` ranks on this machine, its settings adjusted by `adjust`.
@@ -303,6 +309,7 @@ macro_rules! contract {
 }
 contract!(loopback, [1]);
 contract!(ring, [1, 2, 3, 4, 5, 8]);
+contract!(ring_over_tcp, [2, 3, 4, 8]);
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]

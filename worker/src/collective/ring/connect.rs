@@ -8,11 +8,13 @@ use std::{
 };
 
 use rustix::net::sockopt;
+use socket2::{Domain, Socket};
 use takuma_core::ids::Rank;
 
 use super::{
     RingConfig, RingListener,
     greeting::{ANSWER_BYTES, Answer, Greeting, run_hash},
+    nearby,
     notice::{Notice, Verdict},
 };
 use crate::collective::CollectiveError;
@@ -29,8 +31,8 @@ const DIAL_MAX: Duration = Duration::from_secs(2);
 
 /// Connections to both neighbours, by channel.
 pub(super) struct Neighbours {
-    pub from_previous: Vec<TcpStream>,
-    pub to_next: Vec<TcpStream>,
+    pub from_previous: Vec<Socket>,
+    pub to_next: Vec<Socket>,
 }
 
 /// One formation. The first failure, of either half, ends both.
@@ -122,7 +124,7 @@ impl Formation<'_> {
         }
     }
 
-    fn collect(&self, streams: &mut Vec<TcpStream>) -> Result<(), CollectiveError> {
+    fn collect(&self, streams: &mut Vec<Socket>) -> Result<(), CollectiveError> {
         let previous = self.rank_at(self.world - 1);
         let wanted = self.greeting(previous, self.config.rank, 0);
         let is_complete = self.listener.collect(&wanted, streams, self.deadline, || self.has_failed())?;
@@ -132,11 +134,19 @@ impl Formation<'_> {
         Err(self.late(previous, "it did not connect; can it reach this worker's address?".into()))
     }
 
-    fn dial(&self, streams: &mut Vec<TcpStream>) -> Result<(), CollectiveError> {
+    fn dial(&self, streams: &mut Vec<Socket>) -> Result<(), CollectiveError> {
         let next = self.rank_at(1);
         let address = &self.config.members[next.0 as usize];
         for channel in 0..self.config.sockets() {
-            let Some(stream) = self.dial_once(next, address)? else { return Ok(()) };
+            // Control stays with TCP, and tells whether there is a shorter way for the others.
+            let control = streams.first().filter(|_| self.config.use_local_sockets);
+            let stream = match control.and_then(nearby::dial) {
+                Some(stream) => stream,
+                None => match self.dial_once(next, address)? {
+                    Some(stream) => stream,
+                    None => return Ok(()),
+                },
+            };
             let greeting = self.greeting(self.config.rank, next, channel).encode();
             (&stream).write_all(&greeting).map_err(|error| lost(next, address, Some(error)))?;
             streams.push(stream);
@@ -168,11 +178,11 @@ impl Formation<'_> {
     }
 
     /// A connection to `address`, tried until the deadline. Nothing if the other half has failed.
-    fn dial_once(&self, next: Rank, address: &str) -> Result<Option<TcpStream>, CollectiveError> {
+    fn dial_once(&self, next: Rank, address: &str) -> Result<Option<Socket>, CollectiveError> {
         let mut pause = RETRY_PAUSE;
         loop {
             let error = match try_dial(address, self.deadline) {
-                Ok(stream) => return Ok(Some(stream)),
+                Ok(stream) => return Ok(Some(stream.into())),
                 Err(error) => error,
             };
             let left = self.deadline.saturating_duration_since(Instant::now());
@@ -190,7 +200,7 @@ impl Formation<'_> {
     /// What `next` says to a greeting. Nothing if the other half has failed.
     fn answer(
         &self,
-        mut stream: &TcpStream,
+        mut stream: &Socket,
         next: Rank,
         address: &str,
     ) -> Result<Option<Answer>, CollectiveError> {
@@ -253,9 +263,12 @@ fn try_dial(address: &str, deadline: Instant) -> io::Result<TcpStream> {
 
 /// Sets what every socket of the ring needs. Buffer sizes are left to the kernel: it grows them as the
 /// link needs, and setting them ends that.
-fn prepare(stream: &TcpStream, config: &RingConfig) -> Result<(), CollectiveError> {
+fn prepare(stream: &Socket, config: &RingConfig) -> Result<(), CollectiveError> {
     let set = || -> io::Result<()> {
         stream.set_nonblocking(true)?;
+        if stream.local_addr()?.domain() == Domain::UNIX {
+            return Ok(());
+        }
         sockopt::set_tcp_nodelay(stream, true)?;
         sockopt::set_socket_keepalive(stream, true)?;
         sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
@@ -268,7 +281,7 @@ fn prepare(stream: &TcpStream, config: &RingConfig) -> Result<(), CollectiveErro
 }
 
 /// Tells a neighbour over its control connection, if there is one, why there will be no ring.
-fn tell(control: Option<&TcpStream>, failure: &CollectiveError, config: &RingConfig) {
+fn tell(control: Option<&Socket>, failure: &CollectiveError, config: &RingConfig) {
     let Some(mut control) = control else { return };
     let notice = Notice::Over(Verdict::of(failure, config.rank)).encode(config.generation);
     if let Err(error) = control.write_all(&notice) {

@@ -6,7 +6,7 @@
 
 use std::{
     io::{self, ErrorKind, Write},
-    net::{Shutdown, TcpStream},
+    net::Shutdown,
     os::fd::OwnedFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -16,6 +16,7 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, eventfd};
+use socket2::Socket;
 use takuma_core::ids::{Generation, Rank};
 
 use super::{
@@ -49,8 +50,8 @@ pub(super) struct Group {
     pub timeout: Duration,
     /// Longest time without a sign of life on a control connection.
     pub silence: Duration,
-    data: Vec<Arc<TcpStream>>,
-    control: [TcpStream; 2],
+    data: Vec<Arc<Socket>>,
+    control: [Socket; 2],
     /// Held while writing to `control`, so that notices do not mix.
     control_turn: Mutex<()>,
     state: Mutex<State>,
@@ -100,8 +101,8 @@ pub(super) struct Parts {
     pub timeout: Duration,
     pub silence: Duration,
     /// By [`Side`].
-    pub control: [TcpStream; 2],
-    pub data: Vec<Arc<TcpStream>>,
+    pub control: [Socket; 2],
+    pub data: Vec<Arc<Socket>>,
 }
 
 impl Group {
@@ -133,7 +134,7 @@ impl Group {
         }
     }
 
-    pub(super) fn control(&self, side: Side) -> &TcpStream {
+    pub(super) fn control(&self, side: Side) -> &Socket {
         &self.control[side as usize]
     }
 
@@ -319,7 +320,7 @@ impl Group {
         }
     }
 
-    pub(super) fn shut(&self, socket: &TcpStream, how: Shutdown) {
+    pub(super) fn shut(&self, socket: &Socket, how: Shutdown) {
         if let Err(error) = socket.shutdown(how) {
             // The other end was faster.
             tracing::trace!(rank = self.rank.0, %error, "socket was already shut");

@@ -8,8 +8,8 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     io::{self, ErrorKind, Read, Write},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
-    os::fd::OwnedFd,
+    net::{Shutdown, SocketAddr, TcpListener},
+    os::{fd::OwnedFd, unix::net::UnixListener},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -19,9 +19,13 @@ use std::{
 };
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use socket2::Socket;
 use takuma_core::ids::{Generation, Rank};
 
-use super::greeting::{Answer, BadGreeting, GREETING_BYTES, Greeting, is_foreign, run_hash};
+use super::{
+    greeting::{Answer, BadGreeting, GREETING_BYTES, Greeting, is_foreign, run_hash},
+    nearby,
+};
 use crate::collective::CollectiveError;
 
 /// A greeting fits one packet; whoever needs longer is lost or means no good.
@@ -74,14 +78,21 @@ struct Place {
 
 #[derive(Debug)]
 struct Parked {
-    stream: TcpStream,
+    stream: Socket,
     greeting: Greeting,
     since: Instant,
 }
 
+/// Where connections come in.
+struct Doors {
+    listener: TcpListener,
+    /// For workers on this machine.
+    local: Option<UnixListener>,
+}
+
 /// A connection that has not finished its greeting.
 struct Newcomer {
-    stream: TcpStream,
+    stream: Socket,
     bytes: [u8; GREETING_BYTES],
     filled: usize,
     since: Instant,
@@ -126,6 +137,11 @@ impl RingListener {
         let listener = TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address_bound = listener.local_addr().map_err(failed)?;
+        // Without the short way everything still works.
+        let local = nearby::listen(address_bound)
+            .inspect_err(|error| tracing::debug!(%error, "workers on this machine will use TCP"))
+            .ok();
+        let doors = Doors { listener, local };
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
         let hall = Arc::new(Hall {
@@ -138,7 +154,7 @@ impl RingListener {
             .name("ring-listener".into())
             .spawn({
                 let hall = Arc::clone(&hall);
-                move || hall.receive(&listener)
+                move || hall.receive(&doors)
             })
             .map_err(failed)?;
         Ok(Self { hall, address: address_bound, thread: Some(thread) })
@@ -179,7 +195,7 @@ impl RingListener {
     pub(super) fn collect(
         &self,
         wanted: &Greeting,
-        streams: &mut Vec<TcpStream>,
+        streams: &mut Vec<Socket>,
         deadline: Instant,
         is_over: impl Fn() -> bool,
     ) -> Result<bool, CollectiveError> {
@@ -240,7 +256,7 @@ fn place_of(greeting: &Greeting) -> Place {
     Place { run, generation, from, to, channel }
 }
 
-fn welcome(parked: Parked, wanted: &Greeting) -> Result<TcpStream, CollectiveError> {
+fn welcome(parked: Parked, wanted: &Greeting) -> Result<Socket, CollectiveError> {
     if parked.greeting == *wanted {
         answer(&parked.stream, Answer::Welcome);
         return Ok(parked.stream);
@@ -259,7 +275,7 @@ fn welcome(parked: Parked, wanted: &Greeting) -> Result<TcpStream, CollectiveErr
 
 /// An answer fits the empty buffer of a fresh connection; if it does not go out, the dialler finds the
 /// connection closed, which says enough.
-fn answer(stream: &TcpStream, answer: Answer) {
+fn answer(stream: &Socket, answer: Answer) {
     let mut stream = stream;
     if let Err(error) = stream.write_all(&answer.encode()) {
         tracing::debug!(%error, ?answer, "a greeting could not be answered");
@@ -272,7 +288,7 @@ impl Hall {
     }
 
     /// The thread: until the listener is dropped.
-    fn receive(&self, listener: &TcpListener) {
+    fn receive(&self, doors: &Doors) {
         let mut newcomers: VecDeque<Newcomer> = VecDeque::new();
         let mut resume_at = None;
         while !self.is_stopping.load(Ordering::Acquire) {
@@ -280,7 +296,8 @@ impl Hall {
             let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
             fds.extend(newcomers.iter().map(|newcomer| PollFd::new(&newcomer.stream, PollFlags::IN)));
             if !is_paused {
-                fds.push(PollFd::new(listener, PollFlags::IN));
+                fds.push(PollFd::new(&doors.listener, PollFlags::IN));
+                fds.extend(doors.local.iter().map(|local| PollFd::new(local, PollFlags::IN)));
             }
             // Deadlines are kept to a tick; with nothing to expire it sleeps until somebody comes.
             let has_deadlines = is_paused || !newcomers.is_empty() || !self.guests().parked.is_empty();
@@ -298,7 +315,7 @@ impl Hall {
                 }
             }
             if !is_paused {
-                resume_at = admit(listener, &mut newcomers);
+                resume_at = doors.admit(&mut newcomers);
             }
             newcomers.retain(|newcomer| newcomer.since.elapsed() < GREETING_DEADLINE);
             self.guests().parked.retain(|_, parked| parked.since.elapsed() < PARKED_EXPIRY);
@@ -328,7 +345,7 @@ impl Hall {
         None
     }
 
-    fn park(&self, stream: TcpStream, greeting: Greeting) {
+    fn park(&self, stream: Socket, greeting: Greeting) {
         let mut guests = self.guests();
         if let Some(current) = guests.newest(greeting.run).filter(|&newest| newest > greeting.generation) {
             answer(&stream, Answer::Stale(current));
@@ -347,11 +364,29 @@ impl Hall {
     }
 }
 
-/// Takes in who has connected. Returns until when to pause if the system is short of something.
-fn admit(listener: &TcpListener, newcomers: &mut VecDeque<Newcomer>) -> Option<Instant> {
+impl Doors {
+    /// Takes in who has connected. Returns until when to pause if the system is short of something.
+    fn admit(&self, newcomers: &mut VecDeque<Newcomer>) -> Option<Instant> {
+        let tcp = admit(newcomers, || Ok(Some(self.listener.accept()?.0.into())));
+        let local = self.local.as_ref().and_then(|local| {
+            admit(newcomers, || {
+                let (stream, _) = local.accept()?;
+                Ok(nearby::is_same_user(&stream).then(|| OwnedFd::from(stream).into()))
+            })
+        });
+        tcp.or(local)
+    }
+}
+
+/// Takes in whom `accept` returns, until it would block. It returns nothing for who is turned away.
+fn admit(
+    newcomers: &mut VecDeque<Newcomer>,
+    accept: impl Fn() -> io::Result<Option<Socket>>,
+) -> Option<Instant> {
     loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
+        match accept() {
+            Ok(None) => {}
+            Ok(Some(stream)) => {
                 if let Err(error) = stream.set_nonblocking(true) {
                     tracing::debug!(%error, "a connection to the ring port was dropped");
                     continue;
@@ -362,12 +397,8 @@ fn admit(listener: &TcpListener, newcomers: &mut VecDeque<Newcomer>) -> Option<I
                 {
                     tracing::trace!(%error, "a mute connection was gone already");
                 }
-                newcomers.push_back(Newcomer {
-                    stream,
-                    bytes: [0; GREETING_BYTES],
-                    filled: 0,
-                    since: Instant::now(),
-                });
+                let since = Instant::now();
+                newcomers.push_back(Newcomer { stream, bytes: [0; GREETING_BYTES], filled: 0, since });
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
             Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {}

@@ -16,13 +16,13 @@ mod frame;
 mod greeting;
 mod group;
 mod listener;
+mod nearby;
 mod notice;
 mod pipe;
 mod sum;
 mod warden;
 
 use std::{
-    net::TcpStream,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::Ordering,
@@ -32,6 +32,7 @@ use std::{
     time::Duration,
 };
 
+use socket2::Socket;
 use takuma_core::ids::{Generation, Rank};
 
 pub use self::listener::RingListener;
@@ -115,6 +116,8 @@ pub struct RingConfig {
     /// Longest time without a sign of life from a neighbour's process, whatever it is doing. Signs come
     /// five times as often, at least every half second.
     pub silence: Duration,
+    /// Neighbours on one machine use Unix sockets for data, for a third of TCP's processor time.
+    pub use_local_sockets: bool,
 }
 
 impl RingConfig {
@@ -131,6 +134,7 @@ impl RingConfig {
             connect_timeout: Duration::from_secs(30),
             timeout: Duration::from_secs(120),
             silence: Duration::from_secs(5),
+            use_local_sockets: true,
         }
     }
 
@@ -218,7 +222,7 @@ impl Links {
             // `meet` returns all channels; without them there is no ring.
             return Err(failed(std::io::ErrorKind::NotConnected.into()));
         };
-        let pairs: Vec<(Arc<TcpStream>, Arc<TcpStream>)> =
+        let pairs: Vec<(Arc<Socket>, Arc<Socket>)> =
             from_previous.map(Arc::new).zip(to_next.map(Arc::new)).collect();
         let data = pairs.iter().flat_map(|(from, to)| [Arc::clone(from), Arc::clone(to)]).collect();
         let group = Group::new(Parts {

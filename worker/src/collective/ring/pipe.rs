@@ -5,13 +5,13 @@
 
 use std::{
     io::{ErrorKind, IoSlice, IoSliceMut, Read, Write},
-    net::TcpStream,
     ops::Range,
     sync::Arc,
     time::Instant,
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::Socket;
 
 use super::{
     flow::{Flow, Hops},
@@ -23,8 +23,8 @@ use crate::collective::CollectiveError;
 /// One channel of the ring, used by one thread at a time.
 #[derive(Debug)]
 pub(super) struct Pipe {
-    from_previous: Arc<TcpStream>,
-    to_next: Arc<TcpStream>,
+    from_previous: Arc<Socket>,
+    to_next: Arc<Socket>,
     pub group: Arc<Group>,
     /// Operations started on this channel.
     sequence: u64,
@@ -89,7 +89,7 @@ impl Cursor {
 }
 
 impl Pipe {
-    pub(super) fn new(from_previous: Arc<TcpStream>, to_next: Arc<TcpStream>, group: Arc<Group>) -> Self {
+    pub(super) fn new(from_previous: Arc<Socket>, to_next: Arc<Socket>, group: Arc<Group>) -> Self {
         Self { from_previous, to_next, group, sequence: 0 }
     }
 
