@@ -6,12 +6,25 @@
 //! * [`config`]: what a run is, validated.
 //! * [`dataset`]: what a prepared dataset is; [`slots`]: which image feeds which slot at which step.
 //! * [`noise`]: the counter-based generator behind noise, weights and shuffles.
+//! * [`cluster`]: the coordinator's state machine; [`event`]: what goes in and comes out; [`membership`],
+//!   [`run`], [`record`], [`names`], [`time`]: its parts; [`view`]: what people see of it.
 //! * [`checkpoint`]: what a checkpoint's manifest says; [`layout`]: where objects lie in the store.
 
 pub mod checkpoint;
+pub mod cluster;
 pub mod config;
 pub mod dataset;
+pub mod event;
 pub mod ids;
+mod intake;
 pub mod layout;
+mod lifecycle;
+pub mod membership;
+pub mod names;
 pub mod noise;
+pub mod record;
+mod requests;
+pub mod run;
 pub mod slots;
+pub mod time;
+pub mod view;

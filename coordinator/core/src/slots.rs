@@ -37,8 +37,7 @@ impl SlotMap {
         if shards == 0 || !(shards.is_multiple_of(global_batch) || global_batch.is_multiple_of(shards)) {
             return Err(ConfigError::BatchAndShards { global_batch, shards });
         }
-        let mut map =
-            Self { global_batch, seed, shard_images: shard_images.to_vec(), steps_per_epoch: 0 };
+        let mut map = Self { global_batch, seed, shard_images: shard_images.to_vec(), steps_per_epoch: 0 };
         map.steps_per_epoch = (0..map.streams())
             .map(|stream| map.stream_images(stream) / u64::from(map.slots_per_stream()))
             .min()

@@ -1,0 +1,209 @@
+//! [`Membership`]: the workers that are connected, their names, and when each was heard of last.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::event::{Fence, Hello, Progress, SessionId};
+use crate::time::Timestamp;
+
+/// More than any cluster needs; a herd of broken clients does not fill the memory.
+pub const MAX_WORKERS: usize = 4096;
+/// Lost workers stay in the list for so long, so that a person sees who is missing.
+const LOST_KEPT_MS: u64 = 600_000;
+const MAX_LOST: usize = 64;
+
+/// A connected worker.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    /// Given at connection, unique among the connected.
+    pub name: String,
+    /// What it said of itself.
+    pub hello: Hello,
+    /// When it came.
+    pub connected: Timestamp,
+    /// When it was heard of last.
+    pub heard: Timestamp,
+    /// When what it works on, its step or its phase changed last.
+    pub progressed: Timestamp,
+    /// Its last heartbeat.
+    pub progress: Option<Progress>,
+    /// The run that it is a member of.
+    pub assigned: Option<Fence>,
+}
+
+impl Worker {
+    /// Name, host and process for a sentence: "worker-2 (host a, pid 4242)".
+    #[must_use]
+    pub fn introduction(&self) -> String {
+        format!("{} (host {}, pid {})", self.name, self.hello.host, self.hello.pid)
+    }
+}
+
+/// A worker that is gone.
+#[derive(Debug, Clone)]
+pub struct LostWorker {
+    /// As it was.
+    pub worker: Worker,
+    /// When it went.
+    pub lost: Timestamp,
+}
+
+/// Who is here.
+#[derive(Debug, Default)]
+pub struct Membership {
+    workers: BTreeMap<SessionId, Worker>,
+    lost: VecDeque<LostWorker>,
+}
+
+impl Membership {
+    /// Lets a worker in and returns its name: the one it asks for, or had before, or the first free `worker-N`.
+    pub fn join(&mut self, now: Timestamp, session: SessionId, hello: Hello) -> String {
+        let name = self.pick_name(&hello);
+        self.lost.retain(|gone| gone.worker.name != name);
+        let (connected, heard, progressed) = (now, now, now);
+        let worker = Worker {
+            name: name.clone(),
+            hello,
+            connected,
+            heard,
+            progressed,
+            progress: None,
+            assigned: None,
+        };
+        self.workers.insert(session, worker);
+        name
+    }
+
+    /// Takes a worker out; `None` if it is out already.
+    pub fn remove(&mut self, now: Timestamp, session: SessionId) -> Option<Worker> {
+        let worker = self.workers.remove(&session)?;
+        self.lost.push_back(LostWorker { worker: worker.clone(), lost: now });
+        self.prune(now);
+        Some(worker)
+    }
+
+    /// Notes a heartbeat.
+    pub fn heard(&mut self, now: Timestamp, session: SessionId, progress: Progress) {
+        let Some(worker) = self.workers.get_mut(&session) else { return };
+        worker.heard = now;
+        let mark = |progress: &Progress| (progress.fence.clone(), progress.step, progress.phase.clone());
+        if worker.progress.as_ref().map(mark) != Some(mark(&progress)) {
+            worker.progressed = now;
+        }
+        worker.progress = Some(progress);
+    }
+
+    /// A connected worker.
+    #[must_use]
+    pub fn get(&self, session: SessionId) -> Option<&Worker> {
+        self.workers.get(&session)
+    }
+
+    /// A connected worker, to change.
+    pub fn get_mut(&mut self, session: SessionId) -> Option<&mut Worker> {
+        self.workers.get_mut(&session)
+    }
+
+    /// All connected workers in the order in which they came.
+    pub fn iter(&self) -> impl Iterator<Item = (SessionId, &Worker)> {
+        self.workers.iter().map(|(&session, worker)| (session, worker))
+    }
+
+    /// Workers that went lately.
+    pub fn lost(&self) -> impl Iterator<Item = &LostWorker> {
+        self.lost.iter()
+    }
+
+    /// Sessions without a run, in the order in which they came.
+    #[must_use]
+    pub fn idle(&self) -> Vec<SessionId> {
+        self.iter().filter(|(_, worker)| worker.assigned.is_none()).map(|(session, _)| session).collect()
+    }
+
+    /// Number of connected workers.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Whether nobody is connected.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.workers.is_empty()
+    }
+
+    /// The session of another connection of the same process, which the new one replaces.
+    #[must_use]
+    pub fn session_of_process(&self, process_id: &str) -> Option<SessionId> {
+        self.iter().find(|(_, worker)| worker.hello.process_id == process_id).map(|(session, _)| session)
+    }
+
+    /// Forgets workers that went long ago.
+    pub fn prune(&mut self, now: Timestamp) {
+        while self.lost.len() > MAX_LOST
+            || self.lost.front().is_some_and(|gone| now.since_ms(gone.lost) > LOST_KEPT_MS)
+        {
+            self.lost.pop_front();
+        }
+    }
+
+    fn pick_name(&self, hello: &Hello) -> String {
+        let free = |name: &str| !name.is_empty() && self.workers.values().all(|worker| worker.name != name);
+        if free(&hello.requested_name) {
+            return hello.requested_name.clone();
+        }
+        let before = self.lost.iter().find(|gone| gone.worker.hello.process_id == hello.process_id);
+        if let Some(gone) = before.filter(|gone| free(&gone.worker.name)) {
+            return gone.worker.name.clone();
+        }
+        // A name of somebody lost lately is not given to another process: messages about it would mislead.
+        (1u64..)
+            .map(|number| format!("worker-{number}"))
+            .find(|name| free(name) && self.lost.iter().all(|gone| gone.worker.name != *name))
+            .expect("fewer than 2^64 workers are connected")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(process_id: &str, requested_name: &str) -> Hello {
+        Hello {
+            process_id: process_id.into(),
+            requested_name: requested_name.into(),
+            ring_address: "h:1".into(),
+            host: "h".into(),
+            pid: 1,
+            device: "cpu".into(),
+            threads: 1,
+        }
+    }
+
+    #[test]
+    fn names_count_up_and_a_free_wish_is_granted() {
+        let mut members = Membership::default();
+        let mut join =
+            |session, process, wish| members.join(Timestamp(0), SessionId(session), hello(process, wish));
+        assert_eq!(join(1, "a", ""), "worker-1");
+        assert_eq!(join(2, "b", "left"), "left");
+        assert_eq!(join(3, "c", "left"), "worker-2");
+    }
+
+    #[test]
+    fn a_name_returns_to_its_process_and_not_to_another() {
+        let mut members = Membership::default();
+        members.join(Timestamp(0), SessionId(1), hello("a", ""));
+        members.remove(Timestamp(1), SessionId(1)).unwrap();
+        assert_eq!(members.join(Timestamp(2), SessionId(2), hello("b", "")), "worker-2");
+        assert_eq!(members.join(Timestamp(3), SessionId(3), hello("a", "")), "worker-1");
+    }
+
+    #[test]
+    fn lost_workers_are_forgotten_after_a_while() {
+        let mut members = Membership::default();
+        members.join(Timestamp(0), SessionId(1), hello("a", ""));
+        members.remove(Timestamp(1), SessionId(1)).unwrap();
+        members.prune(Timestamp(LOST_KEPT_MS + 2));
+        assert_eq!(members.lost().count(), 0);
+    }
+}
