@@ -112,7 +112,7 @@ def cluster(contender, folder, env):
     """A running `takuma up` whose store is `folder`; stopped at the end."""
     log = folder.with_suffix(".log")
     address = free_address()
-    env = env | {"TAKUMA_COORDINATOR": f"http://{address}"}
+    env = env | {"TAKUMA_COORDINATOR": address}
     command = [TAKUMA, "up", "--workers", str(contender.processes), "--threads", str(contender.threads)]
     command += ["--store", folder.as_uri(), "--listen", address]
     with log.open("w") as sink:

@@ -1,6 +1,6 @@
 """Time every convolution of dcgan-celeba, plainly and in other exact forms.
 
-    bench/.venv/bin/python bench/layers.py [--threads 1 2] [--batches 64 128] [--only REGEX]
+    bench/.venv/bin/python bench/layers.py [--threads 1 2] [--batches 64 128] [--only REGEX] [--cpu-time]
 
 One line a form: GFLOP/s of the forward pass, of the gradient of the input (dgrad) and of the gradient of
 the weights (wgrad). GFLOP counts the useful work of the 5x5 layer, the same for every form of it, so a
@@ -24,14 +24,14 @@ CONVS = [("conv1", 3, 64, 64), ("conv2", 64, 128, 32), ("conv3", 128, 256, 16), 
 DECONVS = [("deconv1", 256, 512, 8), ("deconv2", 128, 256, 16), ("deconv3", 64, 128, 32), ("deconv4", 3, 64, 64)]
 
 
-def best_seconds(call, budget_s=0.12, most=12):
+def best_seconds(call, clock=time.perf_counter, budget_s=0.12, most=12):
     """Seconds of the fastest of 3 to `most` calls after a warm-up call."""
     call()
     best, spent, count = float("inf"), 0.0, 0
     while count < 3 or (spent < budget_s and count < most):
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        took = time.perf_counter() - begin
+        took = clock() - begin
         best, spent, count = min(best, took), spent + took, count + 1
     return best
 
@@ -75,7 +75,8 @@ def conv_space_to_depth_unfold(x, w):
 def conv_padded_to(channels):
     def function(x, w):
         more = channels - w.shape[1]
-        return F.conv2d(like(F.pad(x, (0, 0, 0, 0, 0, more)), x), like(F.pad(w, (0, 0, 0, 0, 0, more)), w), stride=2, padding=2)
+        wide_x, wide_w = (like(F.pad(t, (0, 0, 0, 0, 0, more)), t) for t in (x, w))
+        return F.conv2d(wide_x, wide_w, stride=2, padding=2)
 
     return function
 
@@ -230,8 +231,9 @@ def forms_for(name):
     return forms
 
 
-def measure(name, large, small, height, batch, threads):
-    """Print one line a form of one layer."""
+def measure(shape, batch, threads, clock):
+    """Print one line a form of one layer, given as its line of CONVS or DECONVS."""
+    name, large, small, height = shape
     h = height // 2
     gflop = 2 * 25 * large * small * h * h * batch / 1e9
     gen = torch.Generator().manual_seed(7)
@@ -248,7 +250,7 @@ def measure(name, large, small, height, batch, threads):
             wanted = got
         for key, value in got.items():
             torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-3 * wanted[key].abs().max().item())
-        seconds = {key: best_seconds(call) for key, call in passes.items()}
+        seconds = {key: best_seconds(call, clock) for key, call in passes.items()}
         rates = "  ".join(f"{key} {gflop / took:6.0f} GFLOP/s {1e3 * took:7.2f} ms" for key, took in seconds.items())
         print(f"  {label:33s} {rates}  sum {1e3 * sum(seconds.values()):7.2f} ms", flush=True)
 
@@ -258,16 +260,22 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--only", default="", help="regular expression on the layer's name")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this thread's CPU time, for a busy machine; needs --threads 1"
+    )
     args = parser.parse_args()
+    if args.cpu_time and args.threads != [1]:
+        parser.error("--cpu-time sees only one thread; add --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
     for threads in args.threads:
         torch.set_num_threads(threads)
         a, b = torch.randn(1600, 1600), torch.randn(1600, 1600)
-        print(f"\n{threads} thread(s): SGEMM 1600^3 {2 * 1600**3 / best_seconds(lambda: a @ b) / 1e9:.0f} GFLOP/s")
+        print(f"\n{threads} thread(s): SGEMM 1600^3 {2 * 1600**3 / best_seconds(lambda: a @ b, clock) / 1e9:.0f} GFLOP/s")
         for batch in args.batches:
-            for name, large, small, height in CONVS + DECONVS:
-                if re.search(args.only, name):
-                    measure(name, large, small, height, batch, threads)
+            for shape in CONVS + DECONVS:
+                if re.search(args.only, shape[0]):
+                    measure(shape, batch, threads, clock)
 
 
 if __name__ == "__main__":
