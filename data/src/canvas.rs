@@ -31,6 +31,12 @@ impl Rgb {
         self.mix(Self([1.0, 0.97, 0.92]), share)
     }
 
+    /// Opaque RGBA.
+    fn bytes(self) -> [u8; 4] {
+        let [r, g, b] = self.0.map(|value| (value * 255.0 + 0.5) as u8);
+        [r, g, b, 255]
+    }
+
     fn color(self, alpha: f32) -> Color {
         let [r, g, b] = self.0.map(|value| value.clamp(0.0, 1.0));
         Color::from_rgba(r, g, b, alpha.clamp(0.0, 1.0)).unwrap_or(Color::BLACK)
@@ -76,14 +82,43 @@ impl Canvas {
         self.fill_with(path, shader.unwrap_or(Shader::SolidColor(colors[0].color(1.0))));
     }
 
-    /// A round shade that fades to nothing at its radius, kept inside `path`.
-    pub(crate) fn glow(&mut self, path: &Path, centre: (f32, f32), radius: f32, color: Rgb, alpha: f32) {
+    /// A round shade that fades to nothing at its radius.
+    pub(crate) fn glow(&mut self, centre: (f32, f32), radius: f32, color: Rgb, alpha: f32) {
         let stops =
             vec![GradientStop::new(0.0, color.color(alpha)), GradientStop::new(1.0, color.color(0.0))];
         let at = Point::from_xy(centre.0, centre.1);
         let shader = RadialGradient::new(at, 0.0, at, radius, stops, SpreadMode::Pad, Transform::identity());
         if let Some(shader) = shader {
-            self.fill_with(path, shader);
+            self.fill_with(&oval(centre, (radius, radius)), shader);
+        }
+    }
+
+    /// Paints the whole canvas: two colours along a line through its middle, and a bright round spot.
+    /// By hand, because it touches every pixel and the rasteriser's gradients are exact but slow.
+    pub(crate) fn backdrop(
+        &mut self,
+        lean: f32,
+        colors: [Rgb; 2],
+        spot: (f32, f32),
+        radius: f32,
+        bright: Rgb,
+    ) {
+        let (width, height) = (self.pixmap.width() as usize, self.pixmap.height() as f32);
+        let shades: [Rgb; 256] = std::array::from_fn(|place| colors[0].mix(colors[1], place as f32 / 255.0));
+        let plain = shades.map(Rgb::bytes);
+        for (y, row) in self.pixmap.data_mut().chunks_exact_mut(4 * width).enumerate() {
+            let down = y as f32 / height;
+            let dy = (y as f32 - spot.1) / radius;
+            for (x, pixel) in row.chunks_exact_mut(4).enumerate() {
+                let across = x as f32 / width as f32 - 0.5;
+                let shade = ((down + across * lean).clamp(0.0, 1.0) * 255.0) as usize;
+                let dx = (x as f32 - spot.0) / radius;
+                let near = 1.0 - dx * dx - dy * dy;
+                let lit = near > 0.0;
+                let color =
+                    if lit { shades[shade].mix(bright, 0.5 * near * near).bytes() } else { plain[shade] };
+                pixel.copy_from_slice(&color);
+            }
         }
     }
 
@@ -115,13 +150,6 @@ fn paint(shader: Shader) -> Paint {
 pub(crate) fn oval(centre: (f32, f32), radii: (f32, f32)) -> Path {
     let rect = Rect::from_xywh(centre.0 - radii.0, centre.1 - radii.1, 2.0 * radii.0, 2.0 * radii.1);
     rect.and_then(PathBuilder::from_oval).expect("an ellipse with finite, positive radii")
-}
-
-/// A rectangle.
-pub(crate) fn rect(left: f32, top: f32, width: f32, height: f32) -> Path {
-    PathBuilder::from_rect(
-        Rect::from_xywh(left, top, width, height).expect("a rectangle with positive sides"),
-    )
 }
 
 /// A quadratic curve from start over a control point to the end.

@@ -8,7 +8,7 @@ mod hair;
 use takuma_core::noise::{CounterRng, Purpose};
 use tiny_skia::{Path, Transform};
 
-use crate::canvas::{Canvas, Rgb, blob, oval, rect};
+use crate::canvas::{Canvas, Rgb, blob};
 
 /// Sides of CelebA's aligned images, in pixels.
 pub(crate) const WIDTH: u32 = 178;
@@ -208,11 +208,8 @@ pub(crate) fn draw(look: &Look, out: &mut [u8]) {
 
 fn ground(canvas: &mut Canvas, look: &Look) {
     let (width, height) = (WIDTH as f32, HEIGHT as f32);
-    let whole = rect(0.0, 0.0, width, height);
-    let lean = width * (0.5 + 0.5 * look.light);
-    canvas.fill_along(&whole, (lean, 0.0), (width - lean, height), look.ground);
     let spot = (width * (0.5 + 0.4 * look.side), height * 0.25);
-    canvas.glow(&oval(spot, (90.0, 90.0)), spot, 90.0, look.ground[1].lighter(0.6), 0.5);
+    canvas.backdrop(look.light, look.ground, spot, 90.0, look.ground[1].lighter(0.6));
 }
 
 fn body(canvas: &mut Canvas, look: &Look) {
@@ -261,9 +258,9 @@ fn head(canvas: &mut Canvas, look: &Look) {
     canvas.fill_along(&outline, (look.light * rx, -ry * 0.5), (-look.light * rx, ry * 0.9), lit);
     for side in [-1.0, 1.0] {
         let cheek = (side * rx * 0.52 + look.yaw, ry * 0.34);
-        canvas.glow(&outline, cheek, 14.0, Rgb::of(0xD9604F), 0.18 + 0.15 * look.lipstick);
+        canvas.glow(cheek, 14.0, Rgb::of(0xD9604F), 0.18 + 0.15 * look.lipstick);
         let socket = (side * look.eye_gap + look.yaw, -ry * 0.06);
-        canvas.glow(&outline, socket, 13.0, look.skin.darker(0.55), 0.4);
+        canvas.glow(socket, 13.0, look.skin.darker(0.55), 0.4);
     }
-    canvas.glow(&outline, (look.yaw * 1.5 + look.light * 9.0, -ry * 0.5), 26.0, Rgb::of(0xFFF6E8), 0.28);
+    canvas.glow((look.yaw * 1.5 + look.light * 9.0, -ry * 0.5), 26.0, Rgb::of(0xFFF6E8), 0.28);
 }

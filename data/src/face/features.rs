@@ -71,13 +71,7 @@ fn nose(canvas: &mut Canvas, look: &Look) {
         (x + away * 0.6, top + 6.0),
     ]);
     canvas.fill_alpha(&flank, shade, 0.55);
-    canvas.glow(
-        &oval((x, tip - 3.0), (6.0, 6.0)),
-        (x - away * 1.2, tip - 3.5),
-        6.0,
-        look.skin.lighter(0.6),
-        0.6,
-    );
+    canvas.glow((x - away * 1.2, tip - 3.5), 6.0, look.skin.lighter(0.6), 0.6);
     canvas.stroke(
         &curve((x - 4.6, tip - 0.5), (x, tip + 3.0), (x + 4.6, tip - 0.5)),
         1.1,
