@@ -21,12 +21,12 @@ done
 [[ -d $authorities ]] || fail "$authorities is not there; install it with: sudo apt-get install ca-certificates"
 
 rm -rf "$stage"
-mkdir -p "$stage/bin" "$stage/lib"
+mkdir -p "$stage/bin" "$stage/lib/takuma"
 for program in takuma takuma-coordinator takuma-worker takuma-s3; do
     place "$release/$program" "$stage/bin/$program"
 done
 for library in libtorch_cpu.so libc10.so libgomp.so.1 libcudart.so.13 libcupti.so.13; do
-    place ".libtorch/view/lib/$library" "$stage/lib/$library"
+    place ".libtorch/view/lib/$library" "$stage/lib/takuma/$library"
 done
 cat "$authorities"/*.crt >"$stage/ca-certificates.crt"
 cp deploy/Dockerfile "$stage/Dockerfile"

@@ -72,7 +72,7 @@ compose up -d --no-build --scale "worker=$workers" >"$folder/up.log" 2>&1 || { c
 # The user's own settings must not reach this test.
 export TAKUMA_COORDINATOR=http://127.0.0.1:$TAKUMA_PORT AWS_ENDPOINT=http://127.0.0.1:$TAKUMA_S3_PORT
 export AWS_ACCESS_KEY_ID=takuma AWS_SECRET_ACCESS_KEY=takuma-secret AWS_REGION=us-east-1
-unset AWS_SESSION_TOKEN AWS_PROFILE
+unset AWS_SESSION_TOKEN AWS_PROFILE "${!TAKUMA_RUN_@}"
 until_s "$ready_timeout_s" workers_are_there || fail "not all $workers workers came within $ready_timeout_s s"
 
 say "a dataset of synthetic faces, written to S3 from here"
@@ -98,7 +98,7 @@ for what, found in (("listed", listed), ("in the store", stored)):
 PYTHON
 
 say "samples: downloaded, and pictures"
-"$takuma" sample download composed --out "$folder/samples"
+"$takuma" sample download composed "$folder/samples"
 python3 - "$folder/samples" "$steps" <<'PYTHON'
 import pathlib
 import sys

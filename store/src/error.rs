@@ -43,7 +43,8 @@ pub enum StoreError {
 
 impl StoreError {
     pub(crate) fn scheme(url: &str) -> Self {
-        let reason = "give file:///folder, s3://bucket/folder, gs://bucket/folder or az://container/folder".into();
+        let reason =
+            "give file:///folder, s3://bucket/folder, gs://bucket/folder or az://container/folder".into();
         Self::Url { url: url.to_owned(), reason }
     }
 

@@ -9,7 +9,7 @@
 
 mod error;
 
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,7 +21,8 @@ use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    ClientOptions, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions, PutPayload, RetryConfig,
+    ClientOptions, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions, PutPayload,
+    RetryConfig,
 };
 use url::Url;
 
@@ -68,6 +69,7 @@ impl Store {
         let parsed = parse(url)?;
         let refused = |source| StoreError::settings(url, source);
         let (scheme, folder) = ObjectStoreScheme::parse(&parsed).map_err(|_| StoreError::scheme(url))?;
+        choose_tls_provider();
         let objects: Arc<dyn ObjectStore> = match scheme {
             ObjectStoreScheme::Local => Arc::new(LocalFileSystem::new().with_fsync(true)),
             ObjectStoreScheme::Memory => Arc::new(InMemory::new()),
@@ -246,7 +248,10 @@ impl Store {
     }
 
     fn path(&self, object: &str) -> Path {
-        object.split('/').filter(|part| !part.is_empty()).fold(self.folder.clone(), |path, part| path.join(part))
+        object
+            .split('/')
+            .filter(|part| !part.is_empty())
+            .fold(self.folder.clone(), |path, part| path.join(part))
     }
 
     fn failed(&self, action: &'static str, object: &str, source: object_store::Error) -> StoreError {
@@ -265,7 +270,21 @@ fn parse(url: &str) -> Result<Url, StoreError> {
 
 fn client_options() -> ClientOptions {
     // Plain http is for servers on the user's own network; an https endpoint is not weakened by it.
-    ClientOptions::new().with_allow_http(true).with_timeout(REQUEST_TIMEOUT).with_connect_timeout(CONNECT_TIMEOUT)
+    ClientOptions::new()
+        .with_allow_http(true)
+        .with_timeout(REQUEST_TIMEOUT)
+        .with_connect_timeout(CONNECT_TIMEOUT)
+}
+
+/// Makes ring the process's cryptography for https, unless the program has chosen one before.
+fn choose_tls_provider() {
+    static CHOSEN: Once = Once::new();
+    CHOSEN.call_once(|| {
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            // The error says that somebody else was quicker: then theirs is used.
+            rustls::crypto::ring::default_provider().install_default().ok();
+        }
+    });
 }
 
 fn retry() -> RetryConfig {
@@ -323,6 +342,13 @@ mod tests {
         let store = Store::open(file.path().to_str().unwrap()).unwrap();
         let message = store.put("x", "y").await.unwrap_err().to_string();
         assert!(message.starts_with("cannot write file://"), "{message}");
+    }
+
+    #[test]
+    fn https_stores_find_a_tls_provider() {
+        for url in ["s3://bucket/folder", "https://s3.eu-west-1.amazonaws.com/bucket", "gs://bucket/folder"] {
+            assert_eq!(Store::open(url).unwrap().url(), url);
+        }
     }
 
     #[test]
