@@ -10,7 +10,11 @@ fn main() {
         panic!("LIBTORCH is not set; run `make build`, which fetches libtorch and sets it");
     };
     let include = libtorch.join("include");
-    assert!(include.is_dir(), "there is no libtorch in {}; run `make build`, which fetches it", libtorch.display());
+    assert!(
+        include.is_dir(),
+        "there is no libtorch in {}; run `make build`, which fetches it",
+        libtorch.display()
+    );
 
     let common = |build: &mut cc::Build| {
         build.cpp(true).std("c++17").opt_level(3).warnings(false).define("_GLIBCXX_USE_CXX11_ABI", "1");
@@ -39,7 +43,10 @@ fn kernels(common: &dyn Fn(&mut cc::Build), isa: &str, flags: &[&str]) {
     for flag in flags {
         build.flag(flag);
     }
-    build.define("TAKUMA_ISA", isa).file("torch/batch_norm_kernels.cpp").compile(&format!("takuma_kernels_{isa}"));
+    build
+        .define("TAKUMA_ISA", isa)
+        .file("torch/batch_norm_kernels.cpp")
+        .compile(&format!("takuma_kernels_{isa}"));
 }
 
 /// The binary finds libtorch where it was built, and beside itself where it was copied to.

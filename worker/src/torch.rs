@@ -172,7 +172,8 @@ pub struct AdamOptions {
 /// Kingma and Ba 2015, algorithm 1; `torch.optim.Adam(fused=True)`.
 pub fn fused_adam(tensors: &AdamTensors<'_>, options: AdamOptions) -> Result<(), TorchError> {
     let pointers = |list: &[&Tensor]| list.iter().map(|tensor| raw(tensor)).collect::<Vec<_>>();
-    let lists = [tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps].map(pointers);
+    let lists =
+        [tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps].map(pointers);
     let n = lists[0].len();
     assert!(lists.iter().all(|list| list.len() == n), "Adam's lists have one entry per parameter");
     let [params, grads, exp_avgs, exp_avg_sqs, steps] = lists;
@@ -233,9 +234,8 @@ fn code(body: impl FnOnce() -> bool) -> i32 {
 
 unsafe extern "C" fn call_reducer(context: *mut c_void, values: *mut f64, len: usize) -> i32 {
     // SAFETY: context is the boxed Arc that batch_norm gave away; values has len doubles.
-    let (reducer, values) = unsafe {
-        (&*context.cast::<Arc<dyn SumReducer>>(), std::slice::from_raw_parts_mut(values, len))
-    };
+    let (reducer, values) =
+        unsafe { (&*context.cast::<Arc<dyn SumReducer>>(), std::slice::from_raw_parts_mut(values, len)) };
     code(|| reducer.sum(values))
 }
 

@@ -1,5 +1,8 @@
 //! Conditional writes that race: one winner each, for creation and for replacement.
 
+// The helpers of a test fail like the test itself.
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};

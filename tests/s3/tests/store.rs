@@ -3,6 +3,9 @@
 //! A process's environment must not change while its threads run, so each test starts itself again as a
 //! child whose environment names the server.
 
+// The helpers of a test fail like the test itself.
+#![allow(clippy::unwrap_used)]
+
 use std::future::Future;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};

@@ -22,7 +22,9 @@ pub enum CheckpointError {
         reason: String,
     },
     /// A part is not what the manifest says.
-    #[error("{url}/{part} is damaged: its {what} is not that of the manifest; resume from another checkpoint")]
+    #[error(
+        "{url}/{part} is damaged: its {what} is not that of the manifest; resume from another checkpoint"
+    )]
     Damaged {
         /// The checkpoint's folder.
         url: String,

@@ -59,9 +59,17 @@ pub fn restore_into(net: &mut Dcgan, files: &[impl AsRef<[u8]>; 3]) -> Result<()
         let mut tensors = BTreeMap::new();
         for (name, tensor) in wanted {
             let view = read.tensor(&name).map_err(|_| unreadable(format!("it has no tensor '{name}'")))?;
-            tensors.insert(name.clone(), like(&view, &tensor).ok_or_else(|| {
-                unreadable(format!("'{name}' is {:?} {:?}, not {:?}", view.dtype(), view.shape(), tensor.size()))
-            })?);
+            tensors.insert(
+                name.clone(),
+                like(&view, &tensor).ok_or_else(|| {
+                    unreadable(format!(
+                        "'{name}' is {:?} {:?}, not {:?}",
+                        view.dtype(),
+                        view.shape(),
+                        tensor.size()
+                    ))
+                })?,
+            );
         }
         found.push(tensors);
     }
@@ -108,8 +116,7 @@ fn parts_of(net: &Dcgan) -> [BTreeMap<String, Tensor>; 3] {
 }
 
 fn network_tensors(network: &dyn Network) -> BTreeMap<String, Tensor> {
-    let parameters =
-        network.parameters().into_iter().map(|p| (p.name.clone(), p.tensor.shallow_clone()));
+    let parameters = network.parameters().into_iter().map(|p| (p.name.clone(), p.tensor.shallow_clone()));
     let buffers = network.norms().into_iter().flat_map(|norm| norm.buffers());
     parameters.chain(buffers).collect()
 }
@@ -118,7 +125,10 @@ fn copy(tensor: &Tensor) -> Copied {
     let dense = tensor.detach().contiguous();
     let dtype = dtype_of(dense.kind());
     let mut bytes = vec![0u8; dense.numel() * dense.kind().elt_size_in_bytes()];
-    dense.view(-1).view_dtype(Kind::Uint8).copy_data(&mut bytes, dense.numel() * dense.kind().elt_size_in_bytes());
+    dense
+        .view(-1)
+        .view_dtype(Kind::Uint8)
+        .copy_data(&mut bytes, dense.numel() * dense.kind().elt_size_in_bytes());
     let shape = tensor.size().into_iter().map(|side| side as usize).collect();
     Copied { dtype, shape, bytes }
 }

@@ -188,9 +188,8 @@ impl Session {
         listener: &RingListener,
         process_id: &str,
     ) -> Result<Self, Option<Lost>> {
-        let unreachable = |reason: String| {
-            Some(Lost::Connect { address: options.coordinator.clone(), reason })
-        };
+        let unreachable =
+            |reason: String| Some(Lost::Connect { address: options.coordinator.clone(), reason });
         let channel = endpoint.connect().await.map_err(|error| unreachable(innermost(&error)))?;
         let (outbox, outgoing) = mpsc::channel(OUTBOX_MESSAGES);
         let hello = Hello {
@@ -198,7 +197,9 @@ impl Session {
             software_version: env!("CARGO_PKG_VERSION").to_owned(),
             process_id: process_id.to_owned(),
             requested_name: options.name.clone(),
-            ring_address: ring_address(options, listener.local_addr()).await.map_err(|e| unreachable(e.to_string()))?,
+            ring_address: ring_address(options, listener.local_addr())
+                .await
+                .map_err(|e| unreachable(e.to_string()))?,
             host: gethostname::gethostname().to_string_lossy().into_owned(),
             pid: std::process::id(),
             device: options.device.clone(),
@@ -269,7 +270,7 @@ impl Session {
         };
         // Without its coordinator a worker commits nothing, so the run is over for it.
         if let Some(member) = self.member.take() {
-            member.end("the session with the coordinator ended", listener);
+            member.end("the session with the coordinator ended");
         }
         logs.enter(None);
         lost
@@ -294,7 +295,7 @@ impl Session {
                 if self.member_of(&abort.run, abort.generation).is_some() {
                     tracing::warn!("{} was ended: {}", abort.run, abort.message);
                     if let Some(member) = self.member.take() {
-                        member.end(&abort.message, listener);
+                        member.end(&abort.message);
                     }
                     logs.enter(None);
                 }
@@ -308,7 +309,7 @@ impl Session {
 
     fn prepare(&mut self, prepare: Prepare, listener: &Arc<RingListener>, logs: &LogForwarder) {
         if let Some(former) = self.member.take() {
-            former.end("a newer group takes its place", listener);
+            former.end("a newer group takes its place");
         }
         let progress = Arc::new(Progress::new(prepare.start_step));
         let (run, generation) = (prepare.run.clone(), prepare.generation);
@@ -405,7 +406,9 @@ impl Session {
     fn send_if_room(&self, message: Message) -> Result<(), Lost> {
         match self.outbox.try_send(wrap(message)) {
             Ok(()) | Err(mpsc::error::TrySendError::Full(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Closed(_)) => Err(Lost::Session("its stream is closed".to_owned())),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                Err(Lost::Session("its stream is closed".to_owned()))
+            }
         }
     }
 }
@@ -427,7 +430,7 @@ impl Member {
     }
 
     /// Ends the membership at once; nothing of it is reported any more.
-    fn end(self, reason: &str, _listener: &Arc<RingListener>) {
+    fn end(self, reason: &str) {
         self.stopper.abort(reason);
         match self.stage {
             Stage::Loading(task) => task.abort(),

@@ -143,7 +143,10 @@ impl Dcgan {
             .discriminator
             .train(&images, &self.pass(reals_nchw, 2), &mut norms)
             .map_err(|error| self.update_d.cause(error))?;
-        let (real, fake) = (logits.narrow(0, 0, logits.size()[0] / 2), logits.narrow(0, logits.size()[0] / 2, logits.size()[0] / 2));
+        let (real, fake) = (
+            logits.narrow(0, 0, logits.size()[0] / 2),
+            logits.narrow(0, logits.size()[0] / 2, logits.size()[0] / 2),
+        );
         let loss = self.cross_entropy(&real, 1.0) + self.cross_entropy(&fake, 0.0);
         self.update_d.apply(&loss, &self.state.discriminator.tensors())?;
         norms.commit(self.state.discriminator.norms_mut());
@@ -179,7 +182,8 @@ impl Dcgan {
             BatchNorm::Sync => Pass {
                 images_per_group: self.global_batch,
                 groups,
-                reducer: (!self.exchange.is_alone()).then(|| Arc::clone(&self.exchange) as Arc<dyn SumReducer>),
+                reducer: (!self.exchange.is_alone())
+                    .then(|| Arc::clone(&self.exchange) as Arc<dyn SumReducer>),
             },
             BatchNorm::Local => Pass { images_per_group: local_part.size()[0], groups, reducer: None },
         }

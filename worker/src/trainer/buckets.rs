@@ -70,7 +70,8 @@ impl GradientBuckets {
             })
             .collect();
         let state = State { filling: Vec::new(), missing: Vec::new(), pending: Vec::new() };
-        let sink = Arc::new(Sink { exchange: Arc::clone(exchange), places, lengths, state: Mutex::new(state) });
+        let sink =
+            Arc::new(Sink { exchange: Arc::clone(exchange), places, lengths, state: Mutex::new(state) });
         sink.reset(vec![None; sink.lengths.len()]);
         for (index, param) in params.iter().enumerate() {
             torch::set_gradient_hook(param, index, Arc::clone(&sink) as Arc<dyn GradientSink>)?;

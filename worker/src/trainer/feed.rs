@@ -47,7 +47,7 @@ impl Feed {
         shards: BTreeMap<u32, Shard>,
     ) -> Self {
         let mut scale = [0.0; 256];
-        for (value, pixel) in scale.iter_mut().zip(0u8..) {
+        for (value, pixel) in scale.iter_mut().zip(0..=u8::MAX) {
             *value = scaled(pixel);
         }
         Self { slots, map, seed, image_size: i64::from(image_size), shards, orders: Vec::new(), scale }
@@ -87,7 +87,8 @@ impl Feed {
     /// uint8 `[n, H, W, 3]`, flattened.
     pub fn raw_images(&mut self, step: u64, limit: u32) -> Vec<u8> {
         let mut pixels = Vec::new();
-        let bytes = self.pixels_per_image() * limit.saturating_sub(self.slots.first).min(self.slots.count) as usize;
+        let bytes =
+            self.pixels_per_image() * limit.saturating_sub(self.slots.first).min(self.slots.count) as usize;
         self.for_images(step, |image| {
             if pixels.len() < bytes {
                 pixels.extend_from_slice(image);
