@@ -35,9 +35,9 @@ pub enum StoreError {
         url: String,
         /// The innermost cause, in words.
         reason: String,
-        /// The store's own error.
+        /// The store's own error; boxed, since most results carry none.
         #[source]
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
 }
 
@@ -58,7 +58,7 @@ impl StoreError {
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
                 Self::Denied { action, url }
             }
-            source => Self::Failed { action, url, reason: innermost(&source), source },
+            source => Self::Failed { action, url, reason: innermost(&source), source: source.into() },
         }
     }
 }

@@ -34,7 +34,6 @@ impl<B> Fenced<B> {
     async fn lock(&self, bucket: &str, key: &str) -> MutexGuard<'_, ()> {
         let hash = self.hasher.hash_one((bucket, key));
         // A remainder of 1024 fits any usize.
-        #[allow(clippy::cast_possible_truncation)]
         let index = (hash % LOCKS as u64) as usize;
         self.locks[index].lock().await
     }
