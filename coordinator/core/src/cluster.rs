@@ -60,6 +60,8 @@ pub struct Cluster {
     pub(crate) queue: VecDeque<String>,
     /// The run that workers are busy with.
     pub(crate) active: Option<String>,
+    /// Nothing new is begun.
+    pub(crate) shut_down: bool,
     pub(crate) out: Vec<Action>,
     pub(crate) changed: BTreeSet<String>,
 }
@@ -76,6 +78,7 @@ impl Cluster {
             reserved: BTreeSet::new(),
             queue: VecDeque::new(),
             active: None,
+            shut_down: false,
             out: Vec::new(),
             changed: BTreeSet::new(),
         }
@@ -145,6 +148,7 @@ impl Cluster {
             }
             Event::RunFlushed { fence, outcome } => self.on_flushed(&fence, outcome),
             Event::StoreFailed { run, message } => self.on_store_failed(&run, &message),
+            Event::ShutDown => self.on_shut_down(),
             Event::Ticked => {}
         }
     }
@@ -172,6 +176,13 @@ impl Cluster {
         let name = self.members.join(self.now, session, hello);
         self.out.push(Action::WelcomeWorker { session, name });
         self.queue_changed();
+    }
+
+    fn on_shut_down(&mut self) {
+        self.shut_down = true;
+        let Some(run) = self.active_run() else { return };
+        let (name, step) = (run.record.name.clone(), run.record.step);
+        self.fail(&name, &format!("the coordinator was shut down at step {step}"));
     }
 
     /// Takes a worker out; a run that it had not finished has failed.

@@ -274,6 +274,8 @@ pub enum Event {
     RunFlushed { fence: Fence, outcome: Result<(), String> },
     /// Something of a run could not be written, and trying on makes no sense.
     StoreFailed { run: String, message: String },
+    /// The coordinator ends: workers drop the active run, the queue waits for the next start.
+    ShutDown,
     /// Time passed.
     Ticked,
 }

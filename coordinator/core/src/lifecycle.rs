@@ -10,7 +10,7 @@ use crate::slots::split_evenly;
 impl Cluster {
     /// Gives the next run in the queue its workers, when no run is active and enough are idle.
     pub(crate) fn schedule(&mut self) {
-        if self.active.is_some() {
+        if self.active.is_some() || self.shut_down {
             return;
         }
         let Some(run) = self.queue.front().and_then(|name| self.runs.get(name)) else { return };

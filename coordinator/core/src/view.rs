@@ -1,11 +1,12 @@
 //! What people see of the cluster: views and plans, computed from the state, changing nothing.
 
 use crate::cluster::Cluster;
-use crate::event::Refusal;
-use crate::event::{MetricsLine, StepTimes, Submission};
+use crate::event::{MetricsLine, Refusal, SessionId, StepTimes, Submission};
+use crate::membership::Worker;
 use crate::record::{RunRecord, RunStatus};
 use crate::run::{Means, Run};
 use crate::slots::{SlotRange, split_evenly};
+use crate::time::Timestamp;
 
 /// A run, as lists and `run show` tell it.
 #[derive(Debug, Clone)]
@@ -101,9 +102,15 @@ impl Cluster {
         self.members.len()
     }
 
+    /// Name of a connected worker.
+    #[must_use]
+    pub fn worker_name(&self, session: SessionId) -> Option<String> {
+        self.members.get(session).map(|worker| worker.name.clone())
+    }
+
     /// Connected workers in the order in which they came, then those lost lately.
     #[must_use]
-    pub fn worker_views(&self) -> Vec<WorkerView> {
+    pub fn worker_views(&self, now: Timestamp) -> Vec<WorkerView> {
         let here = self.members.iter().map(|(session, worker)| {
             let fence = worker.assigned.as_ref();
             let run = fence.and_then(|fence| self.runs.get(&fence.run));
@@ -116,10 +123,12 @@ impl Cluster {
             };
             let slots = attempt.zip(rank).map(|(attempt, rank)| attempt.members[rank].slots);
             let rank = rank.map(|rank| rank as u32);
-            WorkerView { status, rank, slots, ..self.worker_view(worker) }
+            WorkerView { status, rank, slots, ..self.worker_view(now, worker) }
         });
-        let gone =
-            self.members.lost().map(|gone| WorkerView { status: "lost", ..self.worker_view(&gone.worker) });
+        let gone = self
+            .members
+            .lost()
+            .map(|gone| WorkerView { status: "lost", ..self.worker_view(now, &gone.worker) });
         here.chain(gone).collect()
     }
 
@@ -210,7 +219,7 @@ impl Cluster {
         }
     }
 
-    fn worker_view(&self, worker: &crate::membership::Worker) -> WorkerView {
+    fn worker_view(&self, now: Timestamp, worker: &Worker) -> WorkerView {
         let progress = worker.progress.as_ref();
         WorkerView {
             name: worker.name.clone(),
@@ -224,8 +233,8 @@ impl Cluster {
             slots: None,
             step: progress.map_or(0, |progress| progress.step),
             times: progress.map_or(StepTimes::default(), |progress| progress.times),
-            connected_s: self.now.since_ms(worker.connected) as f64 / 1000.0,
-            heartbeat_age_s: self.now.since_ms(worker.heard) as f64 / 1000.0,
+            connected_s: now.since_ms(worker.connected) as f64 / 1000.0,
+            heartbeat_age_s: now.since_ms(worker.heard) as f64 / 1000.0,
         }
     }
 }

@@ -1,0 +1,421 @@
+//! A run's files. One task per run owns them and writes them in order, so that nothing slow (the store, PNG
+//! encoding, plots) is ever in the way of the owner of the state. What it did comes back as events.
+
+mod commit;
+mod lines;
+mod persist;
+mod plot;
+mod tensorboard;
+
+use std::time::Duration;
+
+use serde::Serialize;
+use takuma_core::checkpoint::CheckpointManifest;
+use takuma_core::event::{Event, Fence, Grid, GridKind, MetricsLine, RunEvent};
+use takuma_core::layout;
+use takuma_core::record::{CheckpointMark, RunRecord};
+use takuma_core::time::Timestamp;
+use takuma_store::{Created, Store};
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use lines::LineFile;
+use persist::{Patience, persist};
+use plot::Point;
+use tensorboard::EventFile;
+
+use crate::owner::{Message, Owner};
+
+/// Jobs that may wait: ten minutes without a store at 20 steps a second. Small ones, but for the grids.
+const MAX_JOBS: usize = 16_384;
+/// Store outages are waited for so long before the run fails.
+const OUTAGE: Duration = Duration::from_secs(900);
+/// A submitter waits for the first write, so it is told sooner.
+const OUTAGE_AT_SUBMIT: Duration = Duration::from_secs(20);
+/// Scalars reach TensorBoard at every grid, and at most so late in between.
+const TENSORBOARD_PERIOD: Duration = Duration::from_secs(30);
+/// Metrics of about 5000 steps.
+const SMALL_BYTES: usize = 1 << 20;
+
+/// What the writer of a run is asked to do.
+#[derive(Debug)]
+pub enum Job {
+    /// Write `run.json`.
+    Save { record: Box<RunRecord>, first: bool, acknowledge: bool },
+    /// Append to `events.jsonl`.
+    Event(RunEvent),
+    /// Append to `metrics.jsonl`.
+    Metrics(MetricsLine),
+    /// Forget metrics and grids after this step.
+    Rewind(u64),
+    /// Store a grid and all that belongs to it.
+    Grid(Grid),
+    /// Commit a checkpoint.
+    Commit(Box<CheckpointManifest>),
+    /// Store everything, then say so.
+    Flush(Fence),
+    /// Store everything and end.
+    Close,
+}
+
+/// Where a writer's jobs go in.
+#[derive(Debug)]
+pub struct Writer {
+    jobs: mpsc::Sender<Job>,
+    task: JoinHandle<()>,
+}
+
+/// What a writer needs to know.
+#[derive(Debug)]
+pub struct WriterSetup {
+    /// The run's name.
+    pub run: String,
+    /// The plot's title.
+    pub title: String,
+    /// The store under which `runs/` lies.
+    pub store: Store,
+    /// Where events go.
+    pub owner: Owner,
+    /// Cancelled when the coordinator shuts down.
+    pub hurry: CancellationToken,
+    /// The run's writer before this one, if it may still be at work.
+    pub previous: Option<JoinHandle<()>>,
+}
+
+impl Writer {
+    /// Starts the task. It ends after [`Job::Close`]; a fault of its own fails the run.
+    #[must_use]
+    pub fn start(mut setup: WriterSetup) -> Self {
+        let (jobs, queue) = mpsc::channel(MAX_JOBS);
+        let task = tokio::spawn(async move {
+            if let Some(previous) = setup.previous.take()
+                && let Err(error) = previous.await
+            {
+                tracing::error!(run = setup.run, %error, "the run's former writer died");
+            }
+            RunFiles::new(setup).write(queue).await;
+        });
+        Self { jobs, task }
+    }
+
+    /// Hands over a job.
+    ///
+    /// # Errors
+    /// In words, when too many jobs wait or the task is gone.
+    pub fn send(&self, job: Job) -> Result<(), String> {
+        self.jobs.try_send(job).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => format!("{MAX_JOBS} writes wait for the store already"),
+            mpsc::error::TrySendError::Closed(_) => "its writer has ended".to_owned(),
+        })
+    }
+
+    /// The task, after [`Job::Close`] was sent.
+    #[must_use]
+    pub fn into_task(self) -> JoinHandle<()> {
+        self.task
+    }
+}
+
+/// Names of `events.jsonl`, in its order.
+#[derive(Serialize)]
+struct EventLine<'a> {
+    at: f64,
+    kind: &'a str,
+    worker: &'a str,
+    generation: u64,
+    step: u64,
+    message: &'a str,
+}
+
+/// What is read back of a line of metrics.
+#[derive(serde::Deserialize)]
+struct KeptMetrics {
+    step: u64,
+    d_loss: Option<f64>,
+    g_loss: Option<f64>,
+}
+
+struct Growing {
+    events: LineFile,
+    metrics: LineFile,
+    points: Vec<Point>,
+}
+
+struct RunFiles {
+    setup: WriterSetup,
+    store: Store,
+    patience: Patience,
+    /// Read at the first need.
+    growing: Option<Growing>,
+    tensorboard: EventFile,
+    tensorboard_stored: Instant,
+    tensorboard_files: u64,
+    /// The plot lacks points.
+    plot_stale: bool,
+    failed: bool,
+}
+
+impl RunFiles {
+    fn new(setup: WriterSetup) -> Self {
+        Self {
+            store: setup.store.at(&layout::run_folder(&setup.run)),
+            patience: Patience { outage: OUTAGE, hurry: setup.hurry.clone() },
+            setup,
+            growing: None,
+            tensorboard: EventFile::default(),
+            tensorboard_stored: Instant::now(),
+            tensorboard_files: 0,
+            plot_stale: false,
+            failed: false,
+        }
+    }
+
+    async fn write(mut self, mut queue: mpsc::Receiver<Job>) {
+        loop {
+            let job = match self.due() {
+                Some(due) => tokio::select! {
+                    biased;
+                    () = tokio::time::sleep_until(due) => None,
+                    job = queue.recv() => Some(job.unwrap_or(Job::Close)),
+                },
+                None => Some(queue.recv().await.unwrap_or(Job::Close)),
+            };
+            let ends = matches!(job, Some(Job::Close));
+            let result = match job {
+                Some(job) => self.work(job).await,
+                None => self.flush_lines(false).await,
+            };
+            if let Err(error) = result {
+                self.report_failure(error).await;
+            }
+            if ends {
+                return;
+            }
+        }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let lines = self.growing.as_ref().map(|growing| [growing.events.due(), growing.metrics.due()]);
+        let tensorboard =
+            (!self.tensorboard.is_empty()).then(|| self.tensorboard_stored + TENSORBOARD_PERIOD);
+        // After a failure the run is over; only jobs are tried on.
+        lines.into_iter().flatten().flatten().chain(tensorboard).min().filter(|_| !self.failed)
+    }
+
+    /// Jobs that somebody waits for report by themselves; the others fail the run.
+    async fn work(&mut self, job: Job) -> Result<(), String> {
+        match job {
+            Job::Save { record, first, acknowledge } => {
+                let fence = Fence { run: record.name.clone(), generation: record.generation };
+                let outcome = self.save(&record, first).await;
+                if acknowledge {
+                    self.tell(Event::RunSaved { fence, outcome }).await;
+                    return Ok(());
+                }
+                outcome
+            }
+            Job::Event(event) => self.event(&event).await,
+            Job::Metrics(line) => self.metrics(&line).await,
+            Job::Rewind(step) => self.rewind(step).await,
+            Job::Grid(grid) => {
+                let (fence, kind, step) = (grid.fence.clone(), grid.kind, grid.step);
+                let outcome = self.grid(grid).await;
+                self.tell(Event::GridSettled { fence, kind, step, outcome }).await;
+                Ok(())
+            }
+            Job::Commit(manifest) => {
+                let fence = Fence { run: manifest.run.clone(), generation: manifest.generation };
+                let mark =
+                    CheckpointMark { step: manifest.step, weights_sha256: manifest.weights_sha256.clone() };
+                // Metrics first: whoever resumes from this checkpoint finds every line up to it.
+                let outcome = match self.flush_lines(true).await {
+                    Ok(()) => commit::commit(&self.store, &self.patience, &manifest).await,
+                    Err(error) => Err(error),
+                };
+                self.tell(Event::CheckpointSettled { fence, mark, outcome }).await;
+                Ok(())
+            }
+            Job::Flush(fence) => {
+                let outcome = self.flush_all().await;
+                self.tell(Event::RunFlushed { fence, outcome }).await;
+                Ok(())
+            }
+            Job::Close => self.flush_all().await,
+        }
+    }
+
+    async fn save(&self, record: &RunRecord, first: bool) -> Result<(), String> {
+        let json = bytes::Bytes::from(record.to_json());
+        if !first {
+            return persist(&self.patience, || self.store.put(layout::RUN_FILE, json.clone())).await;
+        }
+        let patience = Patience { outage: OUTAGE_AT_SUBMIT, ..self.patience.clone() };
+        if persist(&patience, || self.store.create(layout::RUN_FILE, json.clone())).await? == Created::New {
+            return Ok(());
+        }
+        // Our own write may have landed although it was answered by an error.
+        let present = persist(&patience, || self.store.get(layout::RUN_FILE)).await?;
+        if present == json {
+            return Ok(());
+        }
+        Err(format!("{} exists already; give the run another --name", self.store.url()))
+    }
+
+    async fn event(&mut self, event: &RunEvent) -> Result<(), String> {
+        let line = EventLine {
+            at: event.at.unix_s(),
+            kind: event.kind,
+            worker: &event.worker,
+            generation: event.generation.0,
+            step: event.step,
+            message: &event.message,
+        };
+        self.growing().await?.events.push(&line);
+        Ok(())
+    }
+
+    async fn metrics(&mut self, line: &MetricsLine) -> Result<(), String> {
+        let growing = self.growing().await?;
+        growing.metrics.push(line);
+        growing.points.push(Point { step: line.step, d_loss: line.d_loss, g_loss: line.g_loss });
+        let scalars = [
+            ("d_loss", line.d_loss),
+            ("g_loss", line.g_loss),
+            ("d_acc", line.d_acc),
+            ("images_per_s", line.images_per_s),
+        ];
+        if self.tensorboard.is_empty() {
+            self.tensorboard_stored = Instant::now();
+        }
+        self.tensorboard.scalars(self.setup.owner.now().unix_s(), line.step, &scalars);
+        self.plot_stale = true;
+        Ok(())
+    }
+
+    /// Forgets what lies after a step: the run goes on from there.
+    async fn rewind(&mut self, step: u64) -> Result<(), String> {
+        let growing = self.growing().await?;
+        let kept = growing.points.partition_point(|point| point.step <= step);
+        if kept < growing.points.len() {
+            growing.points.truncate(kept);
+            growing.metrics.truncate(kept);
+            let now_s = self.setup.owner.now().unix_s();
+            self.tensorboard.restart(now_s, step + 1);
+            self.plot_stale = true;
+        }
+        let store = &self.store;
+        for entry in persist(&self.patience, || store.list(layout::SAMPLES_FOLDER)).await? {
+            let later =
+                entry.name.rsplit('/').next().and_then(layout::step_of_name).is_some_and(|at| at > step);
+            if later {
+                persist(&self.patience, || store.delete(&entry.name)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn grid(&mut self, grid: Grid) -> Result<(), String> {
+        let (kind, step) = (grid.kind, grid.step);
+        let encode = move || {
+            let picture = crate::samples::stitch(&grid);
+            crate::samples::png(&picture)
+                .map(|png| ((picture.height, picture.width), bytes::Bytes::from(png)))
+        };
+        let (size, png) = spawn_blocking(encode).await.map_err(|error| error.to_string())??;
+        let (object, tag) = match kind {
+            GridKind::Generated => (layout::sample_file(step), "samples"),
+            GridKind::Reals => (layout::REALS_FILE.to_owned(), "reals"),
+        };
+        persist(&self.patience, || self.store.put(&object, png.clone())).await?;
+        let now_s = self.setup.owner.now().unix_s();
+        self.tensorboard.image(now_s, step, tag, size, png.to_vec());
+        self.flush_tensorboard().await?;
+        // Small files are whole at every grid; large ones keep to their period.
+        let small = self.growing().await?.metrics.size_bytes() < SMALL_BYTES;
+        self.flush_lines(small).await?;
+        self.flush_plot().await
+    }
+
+    async fn growing(&mut self) -> Result<&mut Growing, String> {
+        if self.growing.is_none() {
+            let events = LineFile::open(&self.store, &self.patience, layout::EVENTS_FILE).await?;
+            let mut metrics = LineFile::open(&self.store, &self.patience, layout::METRICS_FILE).await?;
+            let parse = |line: &[u8]| serde_json::from_slice::<KeptMetrics>(line).ok();
+            let mut points: Vec<Point> = Vec::new();
+            for kept in metrics.lines().map_while(parse) {
+                let loss = |value: Option<f64>| value.unwrap_or(f64::NAN);
+                points.push(Point { step: kept.step, d_loss: loss(kept.d_loss), g_loss: loss(kept.g_loss) });
+            }
+            // Lines from the first unreadable one on are dropped: a curve with a hole would mislead.
+            metrics.truncate(points.len());
+            self.growing = Some(Growing { events, metrics, points });
+        }
+        self.growing.as_mut().ok_or_else(|| "the run's files are not open".to_owned())
+    }
+
+    async fn flush_lines(&mut self, all: bool) -> Result<(), String> {
+        let now = Instant::now();
+        let due = |at: Option<Instant>| all || at.is_some_and(|at| at <= now);
+        if let Some(growing) = &mut self.growing {
+            if due(growing.events.due()) {
+                growing.events.flush(&self.store, &self.patience).await?;
+            }
+            if due(growing.metrics.due()) {
+                growing.metrics.flush(&self.store, &self.patience).await?;
+            }
+        }
+        if all || self.tensorboard_stored + TENSORBOARD_PERIOD <= now {
+            self.flush_tensorboard().await?;
+        }
+        Ok(())
+    }
+
+    async fn flush_tensorboard(&mut self) -> Result<(), String> {
+        self.tensorboard_stored = Instant::now();
+        if self.tensorboard.is_empty() {
+            return Ok(());
+        }
+        let records = bytes::Bytes::from(self.tensorboard.take());
+        let Timestamp(now_ms) = self.setup.owner.now();
+        // TensorBoard reads by name: time first, then a number for files of one millisecond.
+        let number = self.tensorboard_files;
+        self.tensorboard_files += 1;
+        let folder = layout::TENSORBOARD_FOLDER;
+        let object = format!("{folder}/events.out.tfevents.{now_ms:013}.{number:06}.takuma");
+        persist(&self.patience, || self.store.put(&object, records.clone())).await
+    }
+
+    async fn flush_all(&mut self) -> Result<(), String> {
+        self.flush_lines(true).await?;
+        self.flush_plot().await
+    }
+
+    async fn flush_plot(&mut self) -> Result<(), String> {
+        let Some(growing) = self.growing.as_ref().filter(|_| self.plot_stale) else { return Ok(()) };
+        let (title, points) = (self.setup.title.clone(), growing.points.clone());
+        let drawn = spawn_blocking(move || plot::draw(&title, &points))
+            .await
+            .map_err(|error| error.to_string())??;
+        let png = bytes::Bytes::from(drawn);
+        persist(&self.patience, || self.store.put(layout::PLOT_FILE, png.clone())).await?;
+        self.plot_stale = false;
+        Ok(())
+    }
+
+    async fn report_failure(&mut self, message: String) {
+        tracing::error!(run = self.setup.run, error = message, "the run's files cannot be written");
+        if !self.failed {
+            self.failed = true;
+            self.tell(Event::StoreFailed { run: self.setup.run.clone(), message }).await;
+        }
+    }
+
+    async fn tell(&self, event: Event) {
+        // An owner that is gone has no use for the news.
+        if self.setup.owner.send(Message::Event(event)).await.is_err() {
+            tracing::debug!(run = self.setup.run, "the coordinator has ended before its writer");
+        }
+    }
+}

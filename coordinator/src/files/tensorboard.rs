@@ -1,0 +1,158 @@
+//! TensorBoard event files: TFRecord framing around the three messages that scalars and images need.
+//!
+//! Object stores cannot append, so every flush is a new file; TensorBoard reads all files of a folder in
+//! the order of their names. Its page shows a sample of the images of a tag unless it is started with
+//! `--samples_per_plugin images=0`; the files hold every one.
+//!
+//! # Source
+//! TensorFlow's `record_writer.h`, `event.proto` and `summary.proto` (field numbers).
+
+use prost::Message;
+
+/// Added to a rotated checksum so that a checksum of data that holds checksums stays useful.
+const MASK_DELTA: u32 = 0xa282_ead8;
+
+#[derive(Clone, PartialEq, Message)]
+struct Event {
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(string, optional, tag = "3")]
+    file_version: Option<String>,
+    #[prost(message, optional, tag = "5")]
+    summary: Option<Summary>,
+    #[prost(message, optional, tag = "7")]
+    session_log: Option<SessionLog>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<Value>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Value {
+    #[prost(string, tag = "1")]
+    tag: String,
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
+    #[prost(message, optional, tag = "4")]
+    image: Option<Image>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Image {
+    #[prost(int32, tag = "1")]
+    height: i32,
+    #[prost(int32, tag = "2")]
+    width: i32,
+    #[prost(int32, tag = "3")]
+    colorspace: i32,
+    #[prost(bytes = "vec", tag = "4")]
+    encoded: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SessionLog {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+/// `SessionLog.START`: TensorBoard forgets what it read of this step and later ones.
+const SESSION_START: i32 = 1;
+/// RGB.
+const COLORSPACE_RGB: i32 = 3;
+
+/// The content of an event file that is being filled.
+#[derive(Debug, Default)]
+pub struct EventFile {
+    records: Vec<u8>,
+}
+
+impl EventFile {
+    /// Whether nothing was added.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Adds scalars of one step.
+    pub fn scalars(&mut self, wall_time: f64, step: u64, scalars: &[(&str, f64)]) {
+        let value = scalars
+            .iter()
+            .map(|&(tag, value)| Value { tag: tag.to_owned(), simple_value: Some(value as f32), image: None })
+            .collect();
+        self.add(Event { summary: Some(Summary { value }), ..event(wall_time, step) });
+    }
+
+    /// Adds a PNG.
+    pub fn image(&mut self, wall_time: f64, step: u64, tag: &str, size: (u32, u32), png: Vec<u8>) {
+        let (height, width) = (size.0 as i32, size.1 as i32);
+        let image = Image { height, width, colorspace: COLORSPACE_RGB, encoded: png };
+        let value = vec![Value { tag: tag.to_owned(), simple_value: None, image: Some(image) }];
+        self.add(Event { summary: Some(Summary { value }), ..event(wall_time, step) });
+    }
+
+    /// Lets TensorBoard forget this step and later ones: the run goes on from before.
+    pub fn restart(&mut self, wall_time: f64, step: u64) {
+        let session_log = Some(SessionLog { status: SESSION_START });
+        self.add(Event { session_log, ..event(wall_time, step) });
+    }
+
+    /// The file's bytes; a new file is begun.
+    #[must_use]
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.records)
+    }
+
+    fn add(&mut self, added: Event) {
+        if self.records.is_empty() {
+            let version = Some("brain.Event:2".to_owned());
+            frame(&mut self.records, &Event { file_version: version, ..event(added.wall_time, 0) });
+        }
+        frame(&mut self.records, &added);
+    }
+}
+
+fn event(wall_time: f64, step: u64) -> Event {
+    let step = i64::try_from(step).unwrap_or(i64::MAX);
+    Event { wall_time, step, file_version: None, summary: None, session_log: None }
+}
+
+/// Length, its checksum, the message, its checksum; all little-endian.
+fn frame(out: &mut Vec<u8>, event: &Event) {
+    let data = event.encode_to_vec();
+    let length = (data.len() as u64).to_le_bytes();
+    out.extend_from_slice(&length);
+    out.extend_from_slice(&masked_crc(&length).to_le_bytes());
+    out.extend_from_slice(&data);
+    out.extend_from_slice(&masked_crc(&data).to_le_bytes());
+}
+
+fn masked_crc(data: &[u8]) -> u32 {
+    crc32c::crc32c(data).rotate_right(15).wrapping_add(MASK_DELTA)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_record_is_the_one_that_tensorboard_writes() {
+        // The first record of a file of tensorboard 2.20's EventFileWriter, with wall time 0.
+        let mut file = EventFile::default();
+        file.scalars(0.0, 1, &[("d_loss", 0.5)]);
+        let records = file.take();
+        assert_eq!(u64::from_le_bytes(records[..8].try_into().unwrap()), 15);
+        assert_eq!(&records[12..27], b"\x1a\x0dbrain.Event:2");
+        assert!(file.is_empty());
+    }
+
+    #[test]
+    fn checksums_are_masked_crc32c() {
+        // RFC 3720 B.4: the CRC-32C of 32 zero bytes is 8a9136aa.
+        assert_eq!(masked_crc(&[0; 32]), 0x8a91_36aau32.rotate_right(15).wrapping_add(MASK_DELTA));
+    }
+}
