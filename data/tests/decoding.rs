@@ -1,5 +1,5 @@
 //! Every kind of JPEG and PNG becomes the RGB it stands for.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

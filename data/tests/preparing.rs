@@ -1,5 +1,5 @@
 //! Equal input gives equal datasets; what cannot work is said in words and leaves nothing whole behind.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Bad images are listed with their reason and cost next to nothing; hostile bytes never stop a job.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 
