@@ -12,6 +12,8 @@ use crate::progress::Screen;
 
 /// A coordinator restarts within two seconds or so; an operator who restarts it by hand gets this long.
 pub const RECONNECT_FOR: Duration = Duration::from_secs(30);
+/// Of the events before we came, this many tell how things stand.
+const PAST_EVENTS_MAX: usize = 3;
 const FIRST_DELAY: Duration = Duration::from_millis(200);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 
@@ -83,14 +85,20 @@ impl Watch {
     }
 
     fn accept(&mut self, mut update: RunUpdate, screen: &Screen) -> RunUpdate {
-        if self.silent_since.take().is_some() {
+        let back = self.silent_since.take().is_some();
+        if back {
             self.attempts = 0;
             screen.say("the coordinator is back");
         }
-        // After a reconnection the coordinator may tell again what was told already.
-        let last = self.last_event_unix_s;
-        update.events.retain(|event| event.at_unix_s > last);
-        self.last_event_unix_s = update.events.iter().map(|event| event.at_unix_s).fold(last, f64::max);
+        let told = self.last_event_unix_s;
+        self.last_event_unix_s = update.events.iter().map(|event| event.at_unix_s).fold(told, f64::max);
+        // The first update of a connection brings the run's past, which may be told already, and long.
+        if back {
+            update.events.retain(|event| event.at_unix_s > told);
+        } else if told == f64::NEG_INFINITY {
+            let past = update.events.len().saturating_sub(PAST_EVENTS_MAX);
+            update.events.drain(..past);
+        }
         update
     }
 
@@ -155,7 +163,7 @@ pub async fn follow(client: &Client, run: &str, screen: &mut Screen) -> Result<E
         match update {
             Err(error) => break Err(error),
             Ok(RunUpdate { run: Some(run), events }) => {
-                events.iter().for_each(|event| screen.say(&event_line(event)));
+                events.iter().filter(|event| is_news(event)).for_each(|event| screen.say(&event_line(event)));
                 screen.update(&run);
                 if has_ended(&run) {
                     break Ok(Ended::Run(Box::new(run)));
@@ -168,10 +176,18 @@ pub async fn follow(client: &Client, run: &str, screen: &mut Screen) -> Result<E
     followed
 }
 
+/// What the bar and the last sentence do not tell anyway, and what does not come every minute for a day.
+fn is_news(event: &RunEvent) -> bool {
+    !matches!(event.kind.as_str(), "submitted" | "preparing" | "sample" | "failed" | "stopped" | "succeeded")
+}
+
+/// `12:03:04Z worker-2: the link to worker-1 broke`.
 fn event_line(event: &RunEvent) -> String {
     let time = output::timestamp(event.at_unix_s);
     let clock = time.split_once('T').map_or("-", |(_, clock)| clock);
-    Tone::Faint.stderr(&format!("{clock} {}", output::visible(&event.message)))
+    let named = event.worker.is_empty() || event.message.contains(&event.worker);
+    let worker = if named { String::new() } else { format!("{}: ", event.worker) };
+    Tone::Faint.stderr(&output::visible(&format!("{clock} {worker}{}", event.message)))
 }
 
 /// Says in one sentence how a run ended and what to do next, and returns the exit code that stands for it.
@@ -218,5 +234,28 @@ pub fn conclude(run: &RunView) -> Result<Exit, CliError> {
 pub fn next_commands(run: &str, commands: &[&str]) {
     for command in commands {
         output::message(&Tone::Faint.stderr(&format!("  takuma {}", command.replace("{}", run))));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn event_names_its_worker_once() {
+        console::set_colors_enabled_stderr(false);
+        let mut event =
+            RunEvent { worker: "worker-2".into(), message: "the link broke".into(), ..RunEvent::default() };
+        assert_eq!(event_line(&event), "00:00:00Z worker-2: the link broke");
+        event.message = "worker-2 left".into();
+        assert_eq!(event_line(&event), "00:00:00Z worker-2 left");
+    }
+
+    #[test]
+    fn routine_is_no_news() {
+        let event = |kind: &str| RunEvent { kind: kind.into(), ..RunEvent::default() };
+        assert!(
+            is_news(&event("worker_lost")) && is_news(&event("checkpoint")) && !is_news(&event("sample"))
+        );
     }
 }

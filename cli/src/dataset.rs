@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use takuma_data::{DataError, Inspection, PrepareOptions, PrepareReport, Progress, Stage, SynthOptions};
-use takuma_store::Store;
+use takuma_store::{Store, StoreError};
 
 use crate::error::{CliError, Exit};
 use crate::output::{self, Format, OutputArgs, Tone};
@@ -145,11 +145,15 @@ pub async fn run(args: DatasetArgs) -> Result<Exit, CliError> {
 
 impl From<DataError> for CliError {
     fn from(error: DataError) -> Self {
-        match error {
-            DataError::Option { .. } => Self::Usage(error.to_string()),
-            DataError::Store(error) => (*error).into(),
-            error => Self::from_source(error),
-        }
+        let wrong_usage = match &error {
+            DataError::Option { .. } => true,
+            DataError::Store(store) => {
+                let store: &StoreError = store;
+                matches!(store, StoreError::Url { .. })
+            }
+            _ => false,
+        };
+        if wrong_usage { Self::Usage(error.to_string()) } else { Self::from_source(error) }
     }
 }
 

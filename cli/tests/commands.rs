@@ -1,5 +1,7 @@
 //! The program `takuma` against a coordinator that only pretends.
 
+#![allow(clippy::unwrap_used)] // The helpers are a test's too.
+
 mod support;
 
 use std::time::Duration;

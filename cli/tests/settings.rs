@@ -1,5 +1,7 @@
 //! Where a run's settings come from, and who wins.
 
+#![allow(clippy::unwrap_used)] // The helpers are a test's too.
+
 use std::path::PathBuf;
 
 use takuma_cli::settings::{Layer, known_keys, resolve};
