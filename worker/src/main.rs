@@ -66,8 +66,11 @@ fn run(
     let threads = args.threads.unwrap_or(processors).max(1);
     takuma_worker::torch::configure(threads);
     let listener = Arc::new(RingListener::bind(&args.listen)?);
-    let coordinator =
-        if args.coordinator.contains("://") { args.coordinator } else { format!("http://{}", args.coordinator) };
+    let coordinator = if args.coordinator.contains("://") {
+        args.coordinator
+    } else {
+        format!("http://{}", args.coordinator)
+    };
     let options = Options {
         coordinator,
         name: args.name,
