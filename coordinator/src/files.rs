@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use lines::LineFile;
-use persist::{Patience, persist};
+use persist::{FIRST_PAUSE, Patience, persist};
 use plot::Point;
 use tensorboard::EventFile;
 
@@ -161,7 +161,7 @@ impl RunFiles {
     fn new(setup: WriterSetup) -> Self {
         Self {
             store: setup.store.at(&layout::run_folder(&setup.run)),
-            patience: Patience { outage: OUTAGE, hurry: setup.hurry.clone() },
+            patience: Patience { outage: OUTAGE, first_pause: FIRST_PAUSE, hurry: setup.hurry.clone() },
             setup,
             growing: None,
             tensorboard: EventFile::default(),

@@ -37,8 +37,8 @@ use takuma_proto::v1::cluster_server::ClusterServer;
 use takuma_proto::v1::control_server::ControlServer;
 use takuma_store::{Store, StoreError};
 use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
 
 use control::ControlService;
@@ -135,7 +135,8 @@ pub async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), ServerErro
 #[derive(Debug)]
 pub struct Coordinator {
     owner: Owner,
-    task: JoinHandle<()>,
+    /// Aborted with the coordinator, if nobody shuts it down.
+    task: AbortOnDropHandle<()>,
     store: Store,
 }
 
@@ -171,7 +172,7 @@ impl Coordinator {
         });
         let interval_ms = u32::try_from(options.heartbeat_timeout_ms / 10).unwrap_or(u32::MAX).max(1);
         let (owner, task) = Owner::start(cluster, store.clone(), interval_ms);
-        let coordinator = Self { owner, task, store };
+        let coordinator = Self { owner, task: AbortOnDropHandle::new(task), store };
         for event in recovered {
             coordinator.tell_owner(Message::Event(event)).await;
         }

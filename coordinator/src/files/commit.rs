@@ -65,7 +65,8 @@ mod tests {
     use super::*;
 
     fn patience() -> Patience {
-        Patience { outage: Duration::from_secs(1), hurry: CancellationToken::new() }
+        let first_pause = Duration::from_millis(1);
+        Patience { outage: Duration::from_secs(1), first_pause, hurry: CancellationToken::new() }
     }
 
     fn manifest(generation: u64, weights: &str) -> CheckpointManifest {

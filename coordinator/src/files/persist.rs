@@ -7,7 +7,8 @@ use takuma_store::StoreError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Before the second try.
+pub const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A full disk or a missing permission gets this many tries: it may be mended while somebody looks at it.
 const TRIES_IF_REFUSED: u32 = 3;
@@ -17,6 +18,8 @@ const TRIES_IF_REFUSED: u32 = 3;
 pub struct Patience {
     /// A store that does not answer is tried for so long.
     pub outage: Duration,
+    /// Before the second try; doubled before each later one.
+    pub first_pause: Duration,
     /// The coordinator is shutting down: one last try.
     pub hurry: CancellationToken,
 }
@@ -30,7 +33,7 @@ where
     F: Future<Output = Result<T, StoreError>>,
 {
     let deadline = Instant::now() + patience.outage;
-    let mut pause = FIRST_PAUSE;
+    let mut pause = patience.first_pause;
     for tries in 1u32.. {
         let error = match call().await {
             Ok(value) => return Ok(value),
@@ -70,14 +73,15 @@ mod tests {
     use super::*;
 
     fn patience() -> Patience {
-        Patience { outage: Duration::from_secs(60), hurry: CancellationToken::new() }
+        let first_pause = Duration::from_millis(1);
+        Patience { outage: Duration::from_secs(60), first_pause, hurry: CancellationToken::new() }
     }
 
     fn refused() -> StoreError {
         StoreError::Denied { action: "write", url: "file:///x".into() }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_refusal_is_told_after_three_tries() {
         let calls = Cell::new(0);
         let call = || {
@@ -89,7 +93,7 @@ mod tests {
         assert_eq!(calls.get(), 3);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn success_after_a_failure_is_success() {
         let calls = Cell::new(0);
         let call = || {

@@ -84,7 +84,7 @@ fn draw_into(pixels: &mut [u8], title: &str, points: &[Point]) -> DrawResult {
     for (curve, color, label) in
         [(&d, D_COLOR, "discriminator (d_loss)"), (&g, G_COLOR, "generator (g_loss)")]
     {
-        chart.draw_series(LineSeries::new(thin(curve), color.mix(0.28)))?;
+        chart.draw_series(LineSeries::new(thin(curve), color.mix(0.4)))?;
         chart
             .draw_series(LineSeries::new(thin(&smooth(curve)), color.stroke_width(3)))?
             .label(label)
@@ -116,19 +116,23 @@ fn range(d: &[(f64, f64)], g: &[(f64, f64)]) -> (f64, f64) {
     (losses.first().copied().unwrap_or(0.0).min(0.0), high * 1.08)
 }
 
-/// An exponential mean that starts unbiased.
+/// The average of an exponential mean from the left and one from the right: it follows without lagging.
 fn smooth(curve: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let window = (curve.len() as f64 * SMOOTHING).max(5.0);
     let keep = 1.0 - 1.0 / window;
-    let (mut sum, mut weight) = (0.0, 0.0);
-    curve
-        .iter()
-        .map(|&(step, loss)| {
+    let mean = |losses: &mut dyn Iterator<Item = f64>| {
+        let (mut sum, mut weight) = (0.0, 0.0);
+        let next = |loss: f64| {
             sum = sum * keep + loss;
             weight = weight * keep + 1.0;
-            (step, sum / weight)
-        })
-        .collect()
+            sum / weight
+        };
+        losses.map(next).collect::<Vec<f64>>()
+    };
+    let forward = mean(&mut curve.iter().map(|point| point.1));
+    let backward = mean(&mut curve.iter().rev().map(|point| point.1));
+    let both = forward.iter().zip(backward.iter().rev());
+    curve.iter().zip(both).map(|(point, (left, right))| (point.0, (left + right) / 2.0)).collect()
 }
 
 /// At most [`MAX_POINTS`] points: the least and the greatest of each stretch, so that spikes stay.
