@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Says what building takuma needs and this machine lacks, each with the command that installs it. Silent when all is there.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 readonly disk_mb=8192
 readonly python=${PYTHON:-python3}

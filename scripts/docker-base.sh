@@ -25,7 +25,8 @@ mirror() {
 bootstrap() {
     [[ $(id -u) == 0 ]] || fail "$image can neither be found nor pulled; run scripts/docker-base.sh as root, which makes it with debootstrap"
     if ! command -v debootstrap >/dev/null; then
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends debootstrap >/dev/null 2>&1 ||
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends debootstrap >/dev/null 2>&1 ||
             fail "debootstrap is missing; install it with: sudo apt-get install debootstrap"
     fi
     local root from
