@@ -97,7 +97,11 @@ impl Cluster {
         }
         self.queue.push_back(name.to_owned());
         let steps = self.runs.get(name).map_or(0, |run| run.record.target_steps);
-        self.record(name, "submitted", "", format!("{steps} steps are to be trained"));
+        let message = match steps {
+            1 => "1 step is to be trained".to_owned(),
+            steps => format!("{steps} steps are to be trained"),
+        };
+        self.record(name, "submitted", "", message);
         self.answer(request, Ok(name.to_owned()));
         self.queue_changed();
     }

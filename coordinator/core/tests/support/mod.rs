@@ -1,0 +1,152 @@
+//! A cluster driven by words, and actions told in words: for transcripts and random schedules.
+
+#![allow(dead_code)] // Each test program uses its part.
+
+use takuma_core::checkpoint::{CHECKPOINT_PARTS, CheckpointPart};
+use takuma_core::cluster::{Cluster, Options};
+use takuma_core::config::{Recipe, RunConfig};
+use takuma_core::dataset::{DATASET_FORMAT, DatasetManifest, ShardEntry};
+use takuma_core::event::*;
+use takuma_core::ids::Generation;
+use takuma_core::record::CheckpointMark;
+
+pub fn cluster() -> Cluster {
+    Cluster::new(Options::new("file:///s", "0"))
+}
+
+pub fn dataset() -> DatasetManifest {
+    let shard = |file| ShardEntry { file, images: 8, size_bytes: 1, sha256: String::new() };
+    DatasetManifest {
+        format: DATASET_FORMAT,
+        name: "d".into(),
+        images: 64,
+        height: 64,
+        width: 64,
+        channels: 3,
+        quarantined: 0,
+        crop: 0,
+        seed: 0,
+        source: "test".into(),
+        digest: "d".into(),
+        shards: (0..8).map(takuma_core::layout::shard_file).map(shard).collect(),
+    }
+}
+
+pub fn hello(name: &str) -> Hello {
+    Hello {
+        process_id: format!("process of {name}"),
+        requested_name: name.into(),
+        ring_address: format!("{name}:1"),
+        host: "host".into(),
+        pid: 1,
+        device: "cpu".into(),
+        threads: 1,
+    }
+}
+
+pub fn submission(name: &str, steps: u64, workers: Option<u32>) -> Submission {
+    let mut config = RunConfig::new(Recipe::DcganTiny, "file:///d");
+    config.global_batch = 8;
+    config.steps = Some(steps);
+    config.workers = workers;
+    Submission { name: Some(name.into()), config, dataset: dataset(), random: [1, 2] }
+}
+
+pub fn step_report(fence: Fence, step: u64) -> StepReport {
+    let times = StepTimes { compute_s: 0.5, data_s: 0.0, exchange_s: 0.5 };
+    StepReport { fence, step, epoch: 0, d_loss: 1.0, g_loss: 2.0, d_acc: 0.5, step_s: 1.0, times }
+}
+
+/// A tile of 8 one-pixel cells split like the slots.
+pub fn tile(fence: Fence, step: u64, first_cell: u32, cells: u32) -> Tile {
+    let cell = CellShape { height: 1, width: 1, channels: 1 };
+    let pixels = vec![0; cells as usize];
+    Tile { fence, kind: GridKind::Generated, step, first_cell, cells_total: 8, cell, pixels }
+}
+
+pub fn upload(fence: Fence, step: u64) -> Upload {
+    let part = |file: &str| CheckpointPart { file: file.into(), size_bytes: 1, sha256: String::new() };
+    Upload { fence, step, parts: CHECKPOINT_PARTS.map(part).to_vec(), weights_sha256: format!("sha-{step}") }
+}
+
+pub fn mark(step: u64) -> CheckpointMark {
+    CheckpointMark { step, weights_sha256: format!("sha-{step}") }
+}
+
+pub fn member_end(fence: Fence, outcome: Outcome, step: u64) -> MemberEnd {
+    MemberEnd { fence, outcome, step, weights_sha256: format!("sha-{step}") }
+}
+
+pub fn failure(fence: Fence, peer_lost: bool, suspect_rank: Option<u32>) -> MemberFailure {
+    let message = if peer_lost { "the peer closed the connection" } else { "out of memory" };
+    MemberFailure { fence, step: 0, phase: "d".into(), peer_lost, suspect_rank, message: message.into() }
+}
+
+pub fn fence(run: &str, generation: u64) -> Fence {
+    Fence { run: run.into(), generation: Generation(generation) }
+}
+
+/// One line that says what an action does.
+pub fn tell(action: &Action) -> String {
+    let result = |result: &Result<String, Refusal>| match result {
+        Ok(run) => format!("ok {run}"),
+        Err(refusal) => format!("refused: {refusal}"),
+    };
+    match action {
+        Action::WelcomeWorker { session, name } => format!("welcome s{} as {name}", session.0),
+        Action::RefuseWorker { session, refusal } => format!("turn s{} away: {refusal}", session.0),
+        Action::CloseSession { session, reason } => format!("close s{}: {reason}", session.0),
+        Action::Direct { session, directive } => format!("s{} <- {}", session.0, tell_directive(directive)),
+        Action::Answer { request, result: answer } => format!("answer {}: {}", request.0, result(answer)),
+        Action::SaveRun { record, first, acknowledge } => format!(
+            "save {} {:?} g{} step {}{}{}",
+            record.name,
+            record.status,
+            record.generation,
+            record.step,
+            if *first { ", first" } else { "" },
+            if *acknowledge { ", acknowledge" } else { "" },
+        ),
+        Action::RecordEvent { run, event } => format!("event {run} {}: {}", event.kind, event.message),
+        Action::RecordMetrics { run, line } => {
+            format!("metrics {run} step {} g{}", line.step, line.generation)
+        }
+        Action::RewindMetrics { run, step } => format!("rewind {run} to {step}"),
+        Action::StoreGrid { grid } => format!("store grid {} step {}", grid.fence.run, grid.step),
+        Action::CommitCheckpoint { manifest } => format!(
+            "commit {} step {} g{} by {}",
+            manifest.run, manifest.step, manifest.generation, manifest.writer
+        ),
+        Action::FlushRun { fence } => format!("flush {} g{}", fence.run, fence.generation),
+        Action::RefuseStale { session, what, fence } => {
+            format!("refuse {what} of s{} for {} g{}", session.0, fence.run, fence.generation)
+        }
+        Action::PublishRun { run } => format!("publish {run}"),
+        Action::CloseRun { run } => format!("close {run}"),
+    }
+}
+
+fn tell_directive(directive: &Directive) -> String {
+    match directive {
+        Directive::Prepare(prepare) => {
+            let share = |peer: &Peer| format!("{}:{}+{}", peer.worker, peer.slots.first, peer.slots.count);
+            let members: Vec<String> = prepare.members.iter().map(share).collect();
+            let resume = if prepare.resume { ", resume" } else { "" };
+            format!(
+                "prepare {} g{} rank {} of [{}] from {}{resume} to {}",
+                prepare.fence.run,
+                prepare.fence.generation,
+                prepare.rank,
+                members.join(" "),
+                prepare.start_step,
+                prepare.target_steps
+            )
+        }
+        Directive::Start(fence) => format!("start {} g{}", fence.run, fence.generation),
+        Directive::Stop(fence) => format!("stop {} g{}", fence.run, fence.generation),
+        Directive::Abort { fence, message } => {
+            format!("abort {} g{}: {message}", fence.run, fence.generation)
+        }
+        Directive::CheckpointCommitted { run, step } => format!("committed {run} step {step}"),
+    }
+}
