@@ -139,7 +139,9 @@ async fn train(
     signals: &mut Signals,
 ) -> Result<Option<RunView>, CliError> {
     let client = cluster.client().clone();
-    let (run, plan) = submit_config(&client, config, "", false).await?;
+    // Asked before the run takes the workers, so that the plan sees them idle.
+    let (_, plan) = submit_config(&client, config, "", true).await?;
+    let (run, _) = submit_config(&client, config, "", false).await?;
     output::message(&format!("run         {}", run.name));
     describe_plan(config, &plan).iter().for_each(|line| output::message(&output::visible(line)));
     let mut screen = Screen::stderr();
@@ -219,16 +221,18 @@ impl Pictures {
             ("newest", self.newest.clone().unwrap_or_else(none)),
             ("loss plot", self.plot.clone().unwrap_or_else(none)),
         ] {
-            output::print_line(&format!("{:<12}{}", Tone::Name.stdout(key), output::visible(&value)))?;
+            output::print_line(&format!(
+                "{}{}",
+                Tone::Name.stdout(&format!("{key:<12}")),
+                output::visible(&value)
+            ))?;
         }
         output::message("next:");
         output::message(
             &Tone::Faint.stderr(&format!("  takuma up --workers 2 --store {}/store", dir.display())),
         );
-        output::message(&Tone::Faint.stderr(&format!(
-            "  takuma run submit dcgan-celeba --data {}/faces-{IMAGES} --steps 600",
-            dir.display()
-        )));
+        let submit = format!("  takuma run submit {} --data {} --steps 600", self.run.recipe, self.run.data);
+        output::message(&Tone::Faint.stderr(&submit));
         Ok(())
     }
 }

@@ -103,8 +103,9 @@ impl<'a> From<&'a WorkerView> for WorkerJson<'a> {
             status: &worker.status,
             run: known(&worker.run),
             rank: (worker.rank >= 0).then_some(worker.rank),
-            first_slot: in_run.then_some(worker.first_slot),
-            slot_count: in_run.then_some(worker.slot_count),
+            // A lost worker still names its run, but has no place in it.
+            first_slot: (worker.rank >= 0).then_some(worker.first_slot),
+            slot_count: (worker.rank >= 0).then_some(worker.slot_count),
             step: in_run.then_some(worker.step),
             compute_s: timed.then_some(worker.compute_s),
             data_s: timed.then_some(worker.data_s),

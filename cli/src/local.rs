@@ -265,7 +265,7 @@ fn tail(log: &Path) -> Vec<String> {
     lines
         .iter()
         .skip(lines.len().saturating_sub(TAIL_LINES))
-        .map(|line| format!("  {}", crate::output::visible(line)))
+        .map(|line| format!("  {}", crate::output::visible(&console::strip_ansi_codes(line))))
         .collect()
 }
 
@@ -316,6 +316,8 @@ fn spawn(name: String, mut command: Command, logs: &Path) -> Result<Member, CliE
     let out = File::create(&log).map_err(failed)?;
     let err = out.try_clone().map_err(failed)?;
     command.stdin(Stdio::null()).stdout(out).stderr(err).kill_on_drop(true);
+    // Their logs are files, also for a program that does not look.
+    command.env("NO_COLOR", "1");
     // Ctrl-C in the terminal is for us alone: we stop the children in the right order.
     command.process_group(0);
     let parent = std::process::id();

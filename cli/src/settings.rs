@@ -286,8 +286,9 @@ fn data_url(given: &str, folder: Option<&Path>) -> Result<String, SettingsError>
     let refused = |reason: String| SettingsError::Path { path: given.to_owned(), reason };
     let joined = folder.map_or_else(|| PathBuf::from(given), |folder| folder.join(given));
     let absolute = std::path::absolute(joined).map_err(|error| refused(error.to_string()))?;
-    // `.` and `..` are taken out by the URL itself, without asking the file system.
     let url = url::Url::from_file_path(&absolute).map_err(|()| refused("it is not absolute".to_owned()))?;
+    // Parsed once more, because only that takes `..` out, and store URLs cannot hold it.
+    let url = url::Url::parse(url.as_str()).map_err(|error| refused(error.to_string()))?;
     Ok(url.as_str().trim_end_matches('/').to_owned())
 }
 

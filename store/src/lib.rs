@@ -265,7 +265,9 @@ fn parse(url: &str) -> Result<Url, StoreError> {
         return Url::parse(url).map_err(|_| StoreError::scheme(url));
     }
     let path = std::path::absolute(url).map_err(|_| StoreError::scheme(url))?;
-    Url::from_file_path(path).map_err(|()| StoreError::scheme(url))
+    let absolute = Url::from_file_path(path).map_err(|()| StoreError::scheme(url))?;
+    // Parsed once more, because only that takes `..` out; object names cannot hold it.
+    Url::parse(absolute.as_str()).map_err(|_| StoreError::scheme(url))
 }
 
 fn client_options() -> ClientOptions {
@@ -334,6 +336,11 @@ mod tests {
         let store = Store::open(folder.path().to_str().unwrap()).unwrap();
         assert_eq!(store.url(), format!("file://{}", folder.path().display()));
         assert_eq!(store.local_path().unwrap(), folder.path());
+    }
+
+    #[test]
+    fn path_through_a_parent_folder_is_a_local_folder() {
+        assert_eq!(Store::open("/a/b/../c").unwrap().url(), "file:///a/c");
     }
 
     #[tokio::test]
