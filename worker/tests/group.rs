@@ -89,6 +89,17 @@ fn train(faces: &Dataset, world: u32, steps: u64) -> Vec<IterationSums> {
     })
 }
 
+/// Other worker counts add the same numbers up in another order, and training amplifies the rounding:
+/// measured 2e-7 in the first step, 5e-4 by the fourth, 2e-2 by the twentieth (see docs/status.md).
+/// A share of the batch that is lost, doubled or weighted wrongly shows as 1e-2 in the first step.
+fn tolerance(step: usize) -> f64 {
+    match step {
+        0 => 1e-5,
+        1..4 => 2e-3,
+        _ => 1e-1,
+    }
+}
+
 #[test]
 fn one_two_and_three_workers_train_the_same_model() {
     const STEPS: u64 = 20;
@@ -103,8 +114,7 @@ fn one_two_and_three_workers_train_the_same_model() {
             ];
             for (one, many) in pairs {
                 let off = (one - many).abs() / one.abs();
-                println!("{world} {step} {one:.6} {off:.1e}");
-                assert!(off < 1e3, "step {step}, {world} workers: {many}, not {one}");
+                assert!(off < tolerance(step), "step {step}, {world} workers: {many}, not {one}");
             }
         }
     }
