@@ -1,5 +1,7 @@
 //! What goes wrong, and how it is told.
 
+#![allow(clippy::unwrap_used)] // A test's helpers are tests too.
+
 mod support;
 
 use support::{Place, Server, Worker, soon};

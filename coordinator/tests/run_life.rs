@@ -1,5 +1,7 @@
 //! A run's life over the wire: submitted, prepared, trained, checkpointed, stopped, resumed, ended.
 
+#![allow(clippy::unwrap_used)] // A test's helpers are tests too.
+
 mod support;
 
 use support::{Place, Server, Worker, soon};

@@ -362,7 +362,8 @@ mod tests {
 
     #[test]
     fn each_broken_rule_names_its_key() {
-        let broken: [(&str, fn(&mut RunConfig)); 6] = [
+        type Breakage = (&'static str, fn(&mut RunConfig));
+        let broken: [Breakage; 6] = [
             ("steps", |c| c.steps = Some(0)),
             ("global_batch", |c| c.global_batch = 0),
             ("workers", |c| c.workers = Some(65)),

@@ -1,5 +1,7 @@
 //! Random schedules of events, well-meant and hostile, against the invariants that hold after every event.
 
+#![allow(clippy::unwrap_used)] // A test's helpers are tests too.
+
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -73,6 +75,7 @@ struct World {
     store: VecDeque<Event>,
     acknowledged: BTreeSet<Fence>,
     generations: BTreeMap<String, Generation>,
+    groups: BTreeMap<String, Generation>,
     metrics: BTreeMap<String, u64>,
     succeeded: BTreeMap<String, RunRecord>,
     asked: u64,
@@ -93,6 +96,7 @@ impl World {
             store: VecDeque::new(),
             acknowledged: BTreeSet::new(),
             generations: BTreeMap::new(),
+            groups: BTreeMap::new(),
             metrics: BTreeMap::new(),
             succeeded: BTreeMap::new(),
             asked: 0,
@@ -315,8 +319,10 @@ impl World {
     }
 
     /// The members of a group agree on it, and own every slot exactly once.
-    fn check_group(&self, prepares: &[Prepare]) -> Result<(), TestCaseError> {
+    fn check_group(&mut self, prepares: &[Prepare]) -> Result<(), TestCaseError> {
         let Some(first) = prepares.first() else { return Ok(()) };
+        let before = self.groups.insert(first.fence.run.clone(), first.fence.generation);
+        prop_assert!(before < Some(first.fence.generation), "two groups have one generation");
         prop_assert_eq!(prepares.len(), first.members.len());
         let slots: Vec<u32> =
             first.members.iter().flat_map(|peer| peer.slots.slots()).map(|slot| slot.0).collect();

@@ -1,6 +1,8 @@
 //! Replays the transcripts of `scenarios/`: every line that begins with a time is an event, the indented
 //! lines below it are the actions that it must lead to. `TAKUMA_BLESS=1` writes them anew; read the diff.
 
+#![allow(clippy::unwrap_used)] // A test's helpers are tests too.
+
 mod support;
 
 use std::fmt::Write;
