@@ -149,8 +149,11 @@ async fn train(
     tokio::pin!(follow);
     let ended = loop {
         tokio::select! {
-            ended = &mut follow => break ended?,
+            // One Ctrl-C reaches both the run's follower and us. Taken here first, it is not left over to
+            // pass for the second one, which means "do not wait".
+            biased;
             () = signals.next() => break Ended::Detached,
+            ended = &mut follow => break ended?,
             death = cluster.next_death() => {
                 let death = death?;
                 if death.was_coordinator {

@@ -31,7 +31,7 @@ use error::{CliError, Exit};
 #[command(
     name = "takuma",
     version,
-    about,
+    about = "Trains image generators on many machines at once",
     after_help = "\
 Start here:
   takuma demo                  pictures in a few minutes, nothing needed
