@@ -1,4 +1,5 @@
 //! What a person does on a good day, and what they find afterwards; with real processes.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
 use std::path::Path;
 

@@ -1,5 +1,6 @@
 //! `takuma-worker`: joins a coordinator and trains what it is told to.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -107,7 +108,8 @@ async fn cancel_on_signal(shutdown: CancellationToken) {
 
 fn start_logging(format: LogFormat, forwarder: LogForwarder) {
     let filter = EnvFilter::try_from_env("TAKUMA_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let output = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let output = tracing_subscriber::fmt::layer().with_ansi(color).with_writer(std::io::stderr);
     let output = match format {
         LogFormat::Text => output.with_target(false).boxed(),
         LogFormat::Json => output.json().boxed(),

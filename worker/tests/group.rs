@@ -1,4 +1,5 @@
 //! One worker equals many, and a resumed run equals an uninterrupted one: real rings, one process.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
 use std::sync::Arc;
 
