@@ -305,12 +305,33 @@ impl RunFiles {
             self.tensorboard.restart(now_s, step + 1);
             self.plot_stale = true;
         }
+        self.remove_later_grids(step).await?;
+        self.cut_tensorboard(step).await
+    }
+
+    async fn remove_later_grids(&self, step: u64) -> Result<(), String> {
         let store = &self.store;
         for entry in persist(&self.patience, || store.list(layout::SAMPLES_FOLDER)).await? {
             let later =
                 entry.name.rsplit('/').next().and_then(layout::step_of_name).is_some_and(|at| at > step);
             if later {
                 persist(&self.patience, || store.delete(&entry.name)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A TensorBoard that reads the folder anew must not see steps twice.
+    async fn cut_tensorboard(&self, step: u64) -> Result<(), String> {
+        let store = &self.store;
+        for entry in persist(&self.patience, || store.list(layout::TENSORBOARD_FOLDER)).await? {
+            let file = persist(&self.patience, || store.get(&entry.name)).await?;
+            match tensorboard::without_later(&file, step).map(bytes::Bytes::from) {
+                None => {}
+                Some(kept) if kept.is_empty() => {
+                    persist(&self.patience, || store.delete(&entry.name)).await?
+                }
+                Some(kept) => persist(&self.patience, || store.put(&entry.name, kept.clone())).await?,
             }
         }
         Ok(())

@@ -12,6 +12,9 @@ use prost::Message;
 /// Added to a rotated checksum so that a checksum of data that holds checksums stays useful.
 const MASK_DELTA: u32 = 0xa282_ead8;
 
+/// Length, its checksum, and the message's checksum.
+const RECORD_OVERHEAD: usize = 8 + 4 + 4;
+
 #[derive(Clone, PartialEq, Message)]
 struct Event {
     #[prost(double, tag = "1")]
@@ -116,6 +119,35 @@ impl EventFile {
     }
 }
 
+/// The file without the events after a step, or `None` if it has none of them. A file that would be left with
+/// nothing but its version is empty. What cannot be parsed is kept: it is not ours to judge.
+#[must_use]
+pub fn without_later(file: &[u8], step: u64) -> Option<Vec<u8>> {
+    let last = i64::try_from(step).unwrap_or(i64::MAX);
+    let (mut kept, mut kept_events, mut dropped) = (Vec::new(), 0, 0);
+    let mut rest = file;
+    while let Some((record, data, after)) = next_record(rest) {
+        let event = Event::decode(data).ok()?;
+        if event.step > last {
+            dropped += 1;
+        } else {
+            kept.extend_from_slice(record);
+            kept_events += usize::from(event.file_version.is_none());
+        }
+        rest = after;
+    }
+    let whole = rest.is_empty() && dropped > 0;
+    whole.then(|| if kept_events == 0 { Vec::new() } else { kept })
+}
+
+/// The first record, its message, and what comes after it.
+fn next_record(file: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let length = u64::from_le_bytes(file.get(..8)?.try_into().ok()?);
+    let end = usize::try_from(length).ok()?.checked_add(RECORD_OVERHEAD)?;
+    let record = file.get(..end)?;
+    Some((record, &record[12..end - 4], &file[end..]))
+}
+
 fn event(wall_time: f64, step: u64) -> Event {
     let step = i64::try_from(step).unwrap_or(i64::MAX);
     Event { wall_time, step, file_version: None, summary: None, session_log: None }
@@ -148,6 +180,19 @@ mod tests {
         assert_eq!(u64::from_le_bytes(records[..8].try_into().unwrap()), 15);
         assert_eq!(&records[12..27], b"\x1a\x0dbrain.Event:2");
         assert!(file.is_empty());
+    }
+
+    #[test]
+    fn later_steps_are_cut_and_the_rest_is_kept_to_the_byte() {
+        let mut file = EventFile::default();
+        file.scalars(0.0, 1, &[("d_loss", 0.5)]);
+        let first = file.records.clone();
+        file.image(0.0, 2, "samples", (1, 1), vec![1, 2, 3]);
+        let both = file.take();
+        assert_eq!(without_later(&both, 2), None);
+        assert_eq!(without_later(&both, 1), Some(first));
+        assert_eq!(without_later(&both, 0), Some(Vec::new()));
+        assert_eq!(without_later(&both[..both.len() - 1], 0), None, "a torn file is left alone");
     }
 
     #[test]
