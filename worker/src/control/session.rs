@@ -172,6 +172,7 @@ enum Stage {
 }
 
 /// What woke the session.
+#[allow(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 enum Wake {
     Directive(Result<Option<WorkerDirective>, tonic::Status>),
     Heartbeat,

@@ -90,7 +90,6 @@ impl BatchNorm {
     ///
     /// # Shapes
     /// `x` `[N, C, H, W]` to the same.
-    #[must_use]
     pub fn infer(&self, x: &Tensor, slope: f64) -> Tensor {
         let y = x.batch_norm(
             Some(&self.weight.tensor),
@@ -112,7 +111,6 @@ impl BatchNorm {
 
     /// The untrained tensors under their PyTorch names: running mean and variance `[C]`, and the
     /// count of batches, an int64 scalar.
-    #[must_use]
     pub fn buffers(&self) -> [(String, Tensor); 3] {
         [
             (format!("{}.running_mean", self.name), self.running_mean.shallow_clone()),

@@ -72,7 +72,6 @@ impl Generator {
     ///
     /// # Shapes
     /// As [`Generator::train`].
-    #[must_use]
     pub fn infer(&self, noise_nz: &Tensor) -> Tensor {
         tch::no_grad(|| {
             let mut x = self.bn0.infer(&self.stem(noise_nz), LINEAR);

@@ -100,7 +100,6 @@ impl Weights {
 }
 
 /// The same values with the channel innermost in memory, for tensors of four dimensions.
-#[must_use]
 pub fn channels_last(tensor: &Tensor) -> Tensor {
     if tensor.dim() != 4 {
         return tensor.contiguous();
