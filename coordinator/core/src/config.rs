@@ -89,7 +89,7 @@ pub struct RunConfig {
     /// Decides weights, noise and data order.
     #[serde(default)]
     pub seed: u64,
-    /// Steps between two sample grids; step 0 always has one.
+    /// Steps between two sample grids; step 0 and the last step always have one.
     #[serde(default = "defaults::sample_every")]
     pub sample_every: u64,
     /// Steps between two checkpoints; stop and end always have one.

@@ -112,7 +112,8 @@ impl Job {
         while step < self.target_steps && !stopped {
             stopped = self.step(&mut net, exchange, step)?;
             step += 1;
-            if step.is_multiple_of(self.config.sample_every) {
+            // The last step has a grid too: a run ends with a picture of what it became.
+            if step.is_multiple_of(self.config.sample_every) || step == self.target_steps {
                 self.send_samples(&net, exchange, step);
             }
             let ends = stopped || step == self.target_steps;
