@@ -18,6 +18,8 @@ fn main() {
 
     let common = |build: &mut cc::Build| {
         build.cpp(true).std("c++17").opt_level(3).warnings(false).define("_GLIBCXX_USE_CXX11_ABI", "1");
+        // at::parallel_for is a template: without this flag its loops run on one thread.
+        build.flag("-fopenmp");
     };
     let mut shim = cc::Build::new();
     common(&mut shim);
@@ -44,6 +46,8 @@ fn kernels(common: &dyn Fn(&mut cc::Build), isa: &str, flags: &[&str]) {
         build.flag(flag);
     }
     build
+        // Nobody reads the floating-point exception flags, and keeping them exact forbids blends.
+        .flag("-fno-trapping-math")
         .define("TAKUMA_ISA", isa)
         .file("torch/batch_norm_kernels.cpp")
         .compile(&format!("takuma_kernels_{isa}"));
@@ -52,6 +56,8 @@ fn kernels(common: &dyn Fn(&mut cc::Build), isa: &str, flags: &[&str]) {
 /// The binary finds libtorch where it was built, and beside itself where it was copied to.
 fn link(lib: &Path) {
     println!("cargo:rustc-link-search=native={}", lib.display());
+    // libtorch's own OpenMP runtime; a second one in the process would fight it for cores.
+    println!("cargo:rustc-link-lib=dylib=gomp");
     for rpath in ["$ORIGIN/../lib/takuma", "$ORIGIN"] {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{rpath}");
     }

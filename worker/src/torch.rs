@@ -88,6 +88,25 @@ pub fn batch_norm(
     }
 }
 
+/// `x` where it is positive, else `slope * x`.
+///
+/// # Shapes
+/// Any, to the same.
+///
+/// # Errors
+/// libtorch's.
+///
+/// # Source
+/// `torch.nn.functional.leaky_relu`.
+pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor, TorchError> {
+    let mut y = std::ptr::null_mut();
+    // SAFETY: a borrowed tensor; y is given to us when the call succeeds.
+    unsafe {
+        check("leaky_relu", ffi::takuma_leaky_relu(raw(x), slope, &mut y))?;
+        Ok(Tensor::from_ptr(y.cast()))
+    }
+}
+
 /// Accumulates the gradient of `loss` into `inputs[i].grad`, and computes no other.
 ///
 /// # Errors
@@ -298,6 +317,7 @@ mod ffi {
             y: *mut RawTensor,
             stats: *mut RawTensor,
         ) -> *mut c_char;
+        pub fn takuma_leaky_relu(x: RawTensor, slope: f64, y: *mut RawTensor) -> *mut c_char;
         pub fn takuma_fused_adam(
             params: *const RawTensor,
             grads: *const RawTensor,

@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/_fused_adam.h>
+#include <ATen/ops/leaky_relu.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -56,6 +57,10 @@ char *takuma_clear_gradients(const tensor *params, size_t n) {
   return guarded([&] {
     for (auto &parameter : list(params, n)) parameter.mutable_grad().reset();
   });
+}
+
+char *takuma_leaky_relu(tensor x, double slope, tensor *y) {
+  return guarded([&] { *y = new at::Tensor(at::leaky_relu(deref(x), slope)); });
 }
 
 char *takuma_fused_adam(const tensor *params, const tensor *grads, const tensor *exp_avgs,

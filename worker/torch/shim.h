@@ -64,6 +64,11 @@ typedef struct {
 char *takuma_batch_norm(tensor x, tensor weight, tensor bias,
                         const takuma_batch_norm_options *options, tensor *y, tensor *stats);
 
+// x where x > 0, else slope * x; any shape, differentiable.
+//   y       given away: as x
+// PyTorch: torch.nn.functional.leaky_relu.
+char *takuma_leaky_relu(tensor x, double slope, tensor *y);
+
 // One Adam step over all parameters in one call. `steps` are float scalars and count up here.
 // PyTorch: torch.optim.Adam(fused=True), at::_fused_adam_.
 char *takuma_fused_adam(const tensor *params, const tensor *grads, const tensor *exp_avgs,

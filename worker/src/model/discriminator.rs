@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::batch_norm::{BatchNorm, NormUpdates, Pass};
 use super::layers::{Conv, Linear};
 use super::parameters::{Network, Parameter, Weights};
-use crate::torch::TorchError;
+use crate::torch::{self, TorchError};
 
 /// LeakyReLU's negative slope.
 ///
@@ -54,8 +54,7 @@ impl Discriminator {
         pass: &Pass,
         updates: &mut NormUpdates,
     ) -> Result<Tensor, TorchError> {
-        let mut x = self.conv1.forward(images_nchw);
-        x = x.maximum(&(&x * SLOPE));
+        let mut x = torch::leaky_relu(&self.conv1.forward(images_nchw), SLOPE)?;
         for (conv, norm) in [(&self.conv2, &self.bn2), (&self.conv3, &self.bn3), (&self.conv4, &self.bn4)] {
             x = norm.train(&conv.forward(&x), SLOPE, pass, updates)?;
         }
