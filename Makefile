@@ -1,6 +1,6 @@
 # takuma's commands. `make demo` and `make test` do all set-up themselves.
 .DEFAULT_GOAL := help
-.PHONY: help demo build test image test-compose bench lint fmt clean setup
+.PHONY: help demo build test image test-compose bench soak sim lint fmt clean setup
 # The parts of a target depend on each other, and cargo uses all cores by itself.
 .NOTPARALLEL:
 
@@ -27,6 +27,12 @@ test-compose: build ## train in containers with an S3 server; needs a Docker eng
 
 bench: build ## seconds per iteration beside PyTorch's, on this machine
 	@bench/run.sh
+
+soak: build ## kill workers for minutes beside an undisturbed run (SOAK_S, SOAK_EVERY_S), and print a table
+	@$(CARGO) test --release --locked --workspace --test soak -- --ignored --nocapture
+
+sim: setup ## the coordinator's decisions under SEEDS random schedules (default 20000)
+	@TAKUMA_SIM_SEEDS=$(or $(SEEDS),20000) $(CARGO) test --release --locked --workspace --test properties -- --nocapture
 
 lint: setup ## format, clippy, arrows and file sizes
 	@$(CARGO) fmt --all --check

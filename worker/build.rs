@@ -27,6 +27,7 @@ fn main() {
         .include(include.join("torch/csrc/api/include"))
         .file("torch/autograd.cpp")
         .file("torch/batch_norm.cpp")
+        .file("torch/finite.cpp")
         .compile("takuma_shim");
 
     kernels(&common, "baseline", &[]);

@@ -153,6 +153,7 @@ pub enum Ended {
 /// As [`Watch::next`].
 pub async fn follow(client: &Client, run: &str, screen: &mut Screen) -> Result<Ended, CliError> {
     let mut watch = Watch::new(client, run, RECONNECT_FOR);
+    let mut news = News::default();
     let followed = loop {
         let update = tokio::select! {
             update = watch.next(screen) => update,
@@ -163,7 +164,10 @@ pub async fn follow(client: &Client, run: &str, screen: &mut Screen) -> Result<E
         match update {
             Err(error) => break Err(error),
             Ok(RunUpdate { run: Some(run), events }) => {
-                events.iter().filter(|event| is_news(event)).for_each(|event| screen.say(&event_line(event)));
+                events
+                    .iter()
+                    .filter(|event| news.tells(event))
+                    .for_each(|event| screen.say(&event_line(event)));
                 screen.update(&run);
                 if has_ended(&run) {
                     break Ok(Ended::Run(Box::new(run)));
@@ -176,9 +180,29 @@ pub async fn follow(client: &Client, run: &str, screen: &mut Screen) -> Result<E
     followed
 }
 
-/// What the bar and the last sentence do not tell anyway, and what does not come every minute for a day.
-fn is_news(event: &RunEvent) -> bool {
-    !matches!(event.kind.as_str(), "submitted" | "preparing" | "sample" | "failed" | "stopped" | "succeeded")
+/// Which events are worth a line: what the bar and the last sentence do not tell anyway, and what does not come
+/// every minute for a day. A change of the workers is one line: who left, or who joined.
+#[derive(Debug, Default)]
+struct News {
+    /// A group broke, and how long it stood still is not told yet.
+    broken: bool,
+}
+
+impl News {
+    fn tells(&mut self, event: &RunEvent) -> bool {
+        match event.kind.as_str() {
+            "submitted" | "preparing" | "sample" | "failed" | "stopped" | "succeeded" => false,
+            // The steps of a change, of which the last tells all.
+            "changing" | "regrouping" | "link_lost" | "leaving" => false,
+            "worker_lost" => {
+                self.broken = true;
+                true
+            }
+            // Also comes after a change between two steps, which stops nobody.
+            "formed" => std::mem::take(&mut self.broken),
+            _ => true,
+        }
+    }
 }
 
 /// `12:03:04Z worker-2: the link to worker-1 broke`.
@@ -253,9 +277,15 @@ mod tests {
 
     #[test]
     fn routine_is_no_news() {
-        let event = |kind: &str| RunEvent { kind: kind.into(), ..RunEvent::default() };
-        assert!(
-            is_news(&event("worker_lost")) && is_news(&event("checkpoint")) && !is_news(&event("sample"))
-        );
+        let mut news = News::default();
+        let mut told = |kinds: &[&'static str]| -> Vec<&'static str> {
+            let event = |kind: &str| RunEvent { kind: kind.into(), ..RunEvent::default() };
+            kinds.iter().copied().filter(|kind| news.tells(&event(kind))).collect()
+        };
+        assert_eq!(told(&["sample", "checkpoint", "preparing"]), ["checkpoint"]);
+        assert_eq!(told(&["changing", "regrouped", "formed"]), ["regrouped"], "a join is one line");
+        let loss = ["link_lost", "worker_lost", "regrouping", "formed", "formed"];
+        assert_eq!(told(&loss), ["worker_lost", "formed"], "who, and for how long nothing went on");
+        assert_eq!(told(&["leaving", "changing", "worker_left"]), ["worker_left"]);
     }
 }

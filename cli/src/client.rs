@@ -173,5 +173,6 @@ pub fn status_name(status: RunStatus) -> &'static str {
         RunStatus::Stopped => "stopped",
         RunStatus::Succeeded => "succeeded",
         RunStatus::Failed => "failed",
+        RunStatus::Waiting => "waiting",
     }
 }

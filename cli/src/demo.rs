@@ -11,6 +11,7 @@ use takuma_proto::v1::RunView;
 use takuma_store::Store;
 
 use crate::attach::{self, Ended};
+use crate::chaos;
 use crate::dataset;
 use crate::error::{CliError, Exit};
 use crate::local::{LocalCluster, LocalOptions, default_threads};
@@ -34,20 +35,25 @@ Everything lies in the folder; delete it to be rid of all. The faces are kept fo
 
 Examples:
   takuma demo
-  takuma demo --steps 600 --dir /tmp/demo")]
+  takuma demo --steps 600 --dir /tmp/demo
+  takuma demo --chaos                       a small run twice, once with a worker and the coordinator killed:
+                                            the same result to the bit")]
 pub struct DemoArgs {
-    /// Steps to train
-    #[arg(long, value_name = "N", default_value_t = STEPS)]
-    steps: u64,
+    /// Steps to train [default: 150; with --chaos 300]
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
     /// Workers to start
     #[arg(long, value_name = "N", default_value_t = WORKERS, value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: u32,
     /// Where everything goes
     #[arg(long, value_name = "DIR", default_value = FOLDER)]
     dir: PathBuf,
-    /// What to train: dcgan-celeba or dcgan-tiny
-    #[arg(long, default_value = "dcgan-celeba")]
-    recipe: String,
+    /// What to train: dcgan-celeba or dcgan-tiny [default: dcgan-celeba; with --chaos dcgan-tiny]
+    #[arg(long)]
+    recipe: Option<String>,
+    /// Train in exact mode twice, the second time killing a worker and the coordinator, and compare
+    #[arg(long)]
+    chaos: bool,
     /// Faces to draw
     #[arg(long, value_name = "N", default_value_t = IMAGES)]
     images: u64,
@@ -59,7 +65,12 @@ pub struct DemoArgs {
 /// Dataset, cluster or run failed; or Ctrl-C.
 pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
     let started = Instant::now();
-    let recipe = Recipe::from_name(&args.recipe).map_err(|error| CliError::Usage(error.to_string()))?;
+    let (recipe, steps) =
+        if args.chaos { (Recipe::DcganTiny, chaos::STEPS) } else { (Recipe::DcganCeleba, STEPS) };
+    let recipe = match &args.recipe {
+        Some(name) => Recipe::from_name(name).map_err(|error| CliError::Usage(error.to_string()))?,
+        None => recipe,
+    };
     let mut signals = Signals::new()?;
     let dir = std::path::absolute(&args.dir).map_err(|error| CliError::io("find the folder", error))?;
     let data = tokio::select! {
@@ -67,8 +78,9 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
         () = signals.next() => return Err(interrupted()),
     };
     let mut config = RunConfig::new(recipe, data);
-    config.steps = Some(args.steps);
+    config.steps = Some(args.steps.unwrap_or(steps));
     config.workers = Some(args.workers);
+    config.exact = args.chaos;
     config.validate().map_err(|error| CliError::Usage(error.to_string()))?;
 
     let options = LocalOptions {
@@ -91,6 +103,14 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
         output::count(args.workers.into(), "worker"),
         cluster_started.elapsed().as_secs_f64()
     ));
+    if args.chaos {
+        let compared = tokio::select! {
+            compared = chaos::run(&mut cluster, &config) => Some(compared),
+            () = signals.next() => None,
+        };
+        wind_down(cluster, &mut signals).await?;
+        return compared.unwrap_or_else(|| Err(interrupted()));
+    }
     let ended = train(&mut cluster, &config, &mut signals).await;
     let pictures = match &ended {
         Ok(Some(run)) => Some(pictures(&cluster, run).await?),

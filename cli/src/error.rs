@@ -75,6 +75,13 @@ impl CliError {
         }
     }
 
+    /// Whether the coordinator answered that it has no such thing.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        let Self::Failed { source: Some(source), .. } = self else { return false };
+        source.downcast_ref::<tonic::Status>().is_some_and(|status| status.code() == tonic::Code::NotFound)
+    }
+
     /// How the process should end.
     #[must_use]
     pub fn exit(&self) -> Exit {

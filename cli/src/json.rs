@@ -36,6 +36,8 @@ pub struct RunJson<'a> {
     pub data: &'a str,
     pub store: &'a str,
     pub error: Option<&'a str>,
+    pub waiting_for: Option<&'a str>,
+    pub origin: Option<&'a str>,
 }
 
 impl<'a> From<&'a RunView> for RunJson<'a> {
@@ -51,8 +53,7 @@ impl<'a> From<&'a RunView> for RunJson<'a> {
             workers: run.workers,
             generation: run.generation,
             seed: run.seed,
-            // Exact mode is not offered yet; the key is there so that scripts need not change when it is.
-            exact: false,
+            exact: run.exact,
             global_batch: run.global_batch,
             images_per_s: run.images_per_s,
             eta_s: run.eta_s,
@@ -64,6 +65,8 @@ impl<'a> From<&'a RunView> for RunJson<'a> {
             data: &run.data,
             store: &run.store,
             error: known(&run.error),
+            waiting_for: known(&run.waiting_for),
+            origin: known(&run.origin),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! One module a noun. Talks to the coordinator over gRPC and to stores for datasets; never links libtorch.
 
 pub mod attach;
+mod chaos;
 pub mod checkpoint;
 pub mod client;
 pub mod context;
@@ -11,6 +12,7 @@ pub mod demo;
 pub mod error;
 pub mod json;
 pub mod local;
+pub mod object;
 pub mod output;
 pub mod progress;
 pub mod run;
@@ -41,6 +43,8 @@ Start here:
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 coordinator unreachable."
 )]
 pub struct Cli {
+    #[command(flatten)]
+    coordinator: context::CoordinatorArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -54,13 +58,13 @@ enum Command {
     Up(up::UpArgs),
     /// Prepare, draw, inspect and verify datasets
     Dataset(Box<dataset::DatasetArgs>),
-    /// Submit, list, follow, stop and resume runs
+    /// Submit, list, follow, stop, resume, fork and audit runs
     Run(Box<run::RunArgs>),
     /// List and download a run's pictures
     Sample(sample::SampleArgs),
-    /// List a run's checkpoints
+    /// List, verify and download a run's checkpoints
     Checkpoint(checkpoint::CheckpointArgs),
-    /// List the connected workers
+    /// List and drain the connected workers
     Worker(worker::WorkerArgs),
     /// Print the completion script of a shell
     #[command(
@@ -103,6 +107,19 @@ pub fn main_with(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     }
 }
 
+impl Command {
+    /// The name of a command that has no use for a coordinator's address.
+    fn works_alone(&self) -> Option<&'static str> {
+        match self {
+            Self::Demo(_) => Some("demo"),
+            Self::Up(_) => Some("up"),
+            Self::Dataset(_) => Some("dataset"),
+            Self::Completions { .. } => Some("completions"),
+            Self::Run(_) | Self::Sample(_) | Self::Checkpoint(_) | Self::Worker(_) => None,
+        }
+    }
+}
+
 impl Cli {
     fn endpoint(&self) -> Option<&str> {
         match &self.command {
@@ -113,14 +130,19 @@ impl Cli {
     }
 
     async fn run(self) -> Result<Exit, CliError> {
+        let at = &self.coordinator;
+        if let (Some(given), Some(noun)) = (&at.coordinator, self.command.works_alone()) {
+            let message = format!("'takuma {noun}' talks to no coordinator; leave --coordinator {given} out");
+            return Err(CliError::Usage(message));
+        }
         match self.command {
             Command::Demo(args) => demo::run(args).await,
             Command::Up(args) => up::run(args).await,
             Command::Dataset(args) => dataset::run(*args).await,
-            Command::Run(args) => run::run(*args).await,
-            Command::Sample(args) => sample::run(args).await,
-            Command::Checkpoint(args) => checkpoint::run(args).await,
-            Command::Worker(args) => worker::run(args).await,
+            Command::Run(args) => run::run(*args, at).await,
+            Command::Sample(args) => sample::run(args, at).await,
+            Command::Checkpoint(args) => checkpoint::run(args, at).await,
+            Command::Worker(args) => worker::run(args, at).await,
             Command::Completions { shell } => completions(shell),
         }
     }

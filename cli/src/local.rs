@@ -62,6 +62,7 @@ struct Member {
 /// The running children.
 #[derive(Debug)]
 pub struct LocalCluster {
+    options: LocalOptions,
     coordinator: Member,
     workers: Vec<Member>,
     client: Client,
@@ -70,6 +71,8 @@ pub struct LocalCluster {
 /// A child that ended by itself.
 #[derive(Debug)]
 pub struct Death {
+    /// Which.
+    pub name: String,
     /// Which, how, and the end of its log.
     pub message: String,
     /// Without it nothing goes on.
@@ -92,37 +95,62 @@ impl LocalCluster {
     /// # Errors
     /// A program is missing, the port is in use, a child ended (with the end of its log), or the time is up.
     pub async fn start(options: &LocalOptions) -> Result<Self, CliError> {
-        let (coordinator, worker) = (find("takuma-coordinator")?, find("takuma-worker")?);
+        find("takuma-coordinator")?;
+        find("takuma-worker")?;
         refuse_taken_port(options.listen)?;
         std::fs::create_dir_all(&options.logs)
             .map_err(|error| CliError::io(format_args!("make {}", options.logs.display()), error))?;
-        let address_file = options.logs.join("coordinator.address");
-        remove_if_there(&address_file)?;
-        let mut command = Command::new(coordinator);
-        command.args(["--listen", &options.listen.to_string(), "--store", &options.store]);
-        command.arg("--address-file").arg(&address_file).args(["--log-format", options.log_format]);
-        let mut coordinator = spawn("coordinator".to_owned(), command, &options.logs)?;
-        let address = wait_for_address(&mut coordinator, &address_file).await?;
-
+        let (coordinator, address) = start_coordinator(options, options.listen).await?;
         let mut workers = Vec::new();
         for number in 1..=options.workers {
-            let name = format!("worker-{number}");
-            let mut command = Command::new(&worker);
-            command.args([
-                "--coordinator",
-                &address.url,
-                "--name",
-                &name,
-                "--threads",
-                &options.threads.to_string(),
-            ]);
-            command.args(["--listen", "127.0.0.1:0", "--log-format", options.log_format]);
-            workers.push(spawn(name, command, &options.logs)?);
+            workers.push(start_worker(options, &format!("worker-{number}"), &address.url)?);
         }
         let (client, _) = Client::connect(address).await?;
-        let mut cluster = Self { coordinator, workers, client };
+        let mut cluster = Self { options: options.clone(), coordinator, workers, client };
         cluster.wait_for_workers().await?;
         Ok(cluster)
+    }
+
+    /// Starts a worker, in place of one of that name that has ended. It joins whatever run is at work.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn start_worker(&mut self, name: &str) -> Result<(), CliError> {
+        let worker = start_worker(&self.options, name, &self.client.address().url)?;
+        self.workers.retain(|member| member.name != name);
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    /// Starts a coordinator on the address of the one that has ended; workers find it again.
+    ///
+    /// # Errors
+    /// The program cannot be started, or does not listen.
+    pub async fn restart_coordinator(&mut self) -> Result<(), CliError> {
+        let listen =
+            self.client.address().url.trim_start_matches("http://").parse().unwrap_or(self.options.listen);
+        (self.coordinator, _) = start_coordinator(&self.options, listen).await?;
+        Ok(())
+    }
+
+    /// SIGKILL for a worker, as a person who wants to see what happens.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub async fn kill_worker(&mut self, name: &str) -> Result<(), CliError> {
+        let failed = |error| CliError::io("kill a worker", error);
+        if let Some(index) = self.workers.iter().position(|member| member.name == name) {
+            self.workers.remove(index).child.kill().await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// SIGKILL for the coordinator.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub async fn kill_coordinator(&mut self) -> Result<(), CliError> {
+        self.coordinator.child.kill().await.map_err(|error| CliError::io("kill the coordinator", error))
     }
 
     /// The coordinator's client.
@@ -183,14 +211,16 @@ impl LocalCluster {
         let (index, status) = tokio::select! {
             status = self.coordinator.child.wait() => {
                 let message = self.coordinator.obituary(status.map_err(failed)?);
-                return Ok(Death { message, was_coordinator: true });
+                let name = self.coordinator.name.clone();
+                return Ok(Death { name, message, was_coordinator: true });
             }
             (status, index, _) = any_worker => {
                 (index, status.map_err(failed)?)
             }
         };
         let member = self.workers.remove(index);
-        Ok(Death { message: member.obituary(status), was_coordinator: false })
+        let message = member.obituary(status);
+        Ok(Death { name: member.name, message, was_coordinator: false })
     }
 
     /// Stops the workers, then the coordinator: asked first, killed after a while.
@@ -313,7 +343,8 @@ fn remove_if_there(file: &Path) -> Result<(), CliError> {
 fn spawn(name: String, mut command: Command, logs: &Path) -> Result<Member, CliError> {
     let log = logs.join(format!("{name}.log"));
     let failed = |error| CliError::io(format_args!("write {}", log.display()), error);
-    let out = File::create(&log).map_err(failed)?;
+    // A child that is started again goes on in the log that tells of its first end.
+    let out = File::options().create(true).append(true).open(&log).map_err(failed)?;
     let err = out.try_clone().map_err(failed)?;
     command.stdin(Stdio::null()).stdout(out).stderr(err).kill_on_drop(true);
     // Their logs are files, also for a program that does not look.
@@ -334,6 +365,27 @@ fn spawn(name: String, mut command: Command, logs: &Path) -> Result<Member, CliE
     }
     let child = command.spawn().map_err(|error| CliError::io(format_args!("start {name}"), error))?;
     Ok(Member { name, child, log })
+}
+
+async fn start_coordinator(
+    options: &LocalOptions,
+    listen: SocketAddr,
+) -> Result<(Member, Address), CliError> {
+    let address_file = options.logs.join("coordinator.address");
+    remove_if_there(&address_file)?;
+    let mut command = Command::new(find("takuma-coordinator")?);
+    command.args(["--listen", &listen.to_string(), "--store", &options.store]);
+    command.arg("--address-file").arg(&address_file).args(["--log-format", options.log_format]);
+    let mut coordinator = spawn("coordinator".to_owned(), command, &options.logs)?;
+    let address = wait_for_address(&mut coordinator, &address_file).await?;
+    Ok((coordinator, address))
+}
+
+fn start_worker(options: &LocalOptions, name: &str, coordinator: &str) -> Result<Member, CliError> {
+    let mut command = Command::new(find("takuma-worker")?);
+    command.args(["--coordinator", coordinator, "--name", name, "--threads", &options.threads.to_string()]);
+    command.args(["--listen", "127.0.0.1:0", "--log-format", options.log_format]);
+    spawn(name.to_owned(), command, &options.logs)
 }
 
 async fn wait_for_address(coordinator: &mut Member, file: &Path) -> Result<Address, CliError> {

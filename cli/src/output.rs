@@ -27,6 +27,29 @@ pub struct OutputArgs {
     pub format: Format,
 }
 
+/// `-o` of a noun alone, which lists. With a verb it belongs behind that.
+#[derive(Debug, Clone, Copy, Default, clap::Args)]
+pub struct ListArgs {
+    /// How to print the list
+    #[arg(short = 'o', long = "output", value_name = "FORMAT", value_enum)]
+    format: Option<Format>,
+}
+
+impl ListArgs {
+    /// The arguments of the list, for a noun without a verb.
+    ///
+    /// # Errors
+    /// There is a verb, and `-o` stands before it.
+    pub fn settle(self, has_verb: bool) -> Result<OutputArgs, CliError> {
+        if has_verb && self.format.is_some() {
+            return Err(CliError::Usage(
+                "-o belongs behind the verb, as in 'takuma run ls -o json'".to_owned(),
+            ));
+        }
+        Ok(OutputArgs { format: self.format.unwrap_or_default() })
+    }
+}
+
 /// What a cell means, and so its colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tone {

@@ -78,6 +78,15 @@ pub fn line(run: &RunView) -> String {
 #[must_use]
 pub fn waiting(run: &RunView) -> Option<String> {
     match run.status() {
+        RunStatus::Waiting => {
+            let what = if run.waiting_for.is_empty() { "workers" } else { &run.waiting_for };
+            let from = if run.has_checkpoint {
+                format!("from the checkpoint of step {}", run.checkpoint_step)
+            } else {
+                "from where it began".to_owned()
+            };
+            Some(format!("waiting for {}; then goes on {from}", output::visible(what)))
+        }
         RunStatus::Queued => {
             let place = match run.queue_position {
                 0 | 1 => String::new(),
@@ -226,6 +235,19 @@ mod tests {
         run.queue_position = 3;
         run.waiting_for = String::new();
         assert_eq!(line(&run), "x  queued, number 3 in the queue: waits for its turn");
+    }
+
+    #[test]
+    fn waiting_run_says_for_whom_and_from_where_it_goes_on() {
+        let status = RunStatus::Waiting.into();
+        let mut run = RunView { name: "x".into(), status, step: 70, steps: 300, ..RunView::default() };
+        run.waiting_for = "1 worker (none is connected)".into();
+        assert_eq!(
+            line(&run),
+            "x  waiting for 1 worker (none is connected); then goes on from where it began"
+        );
+        (run.has_checkpoint, run.checkpoint_step) = (true, 50);
+        assert!(line(&run).ends_with("; then goes on from the checkpoint of step 50"), "{}", line(&run));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! `takuma run`: submit, look at, stop and resume runs.
 
+mod audit;
 mod control;
+mod fork;
 mod list;
 mod logs;
 mod plan;
@@ -11,19 +13,16 @@ use clap::{Args, Subcommand};
 use crate::client::Client;
 use crate::context::CoordinatorArgs;
 use crate::error::{CliError, Exit};
-use crate::output::OutputArgs;
+use crate::output::{ListArgs, OutputArgs};
 
 pub use plan::describe as describe_plan;
 pub use submit::submit_config;
 
 /// `takuma run`, alone: `run ls`.
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
 pub struct RunArgs {
     #[command(flatten)]
-    coordinator: CoordinatorArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    list: ListArgs,
     #[command(subcommand)]
     verb: Option<RunVerb>,
 }
@@ -54,6 +53,10 @@ enum RunVerb {
     Stop(control::StopArgs),
     /// Go on with a stopped or failed run from its newest checkpoint, and follow it
     Resume(control::ResumeArgs),
+    /// Start a new run from another run's checkpoint, and follow it
+    Fork(fork::ForkArgs),
+    /// Check that every step was fed the images that were due: exit 1 if not
+    Audit(audit::AuditArgs),
     /// Wait until a run has ended: exit 0 if it succeeded, 1 if it failed or was stopped
     Wait(control::WaitArgs),
 }
@@ -70,14 +73,18 @@ struct RunName {
 ///
 /// # Errors
 /// As the verb.
-pub async fn run(args: RunArgs) -> Result<Exit, CliError> {
-    let verb = args.verb.unwrap_or(RunVerb::Ls(args.output));
-    if let RunVerb::Submit(submit) = verb {
-        return submit::submit(*submit, &args.coordinator).await;
-    }
-    let (client, _) = Client::connect(args.coordinator.address()?).await?;
+pub async fn run(args: RunArgs, at: &CoordinatorArgs) -> Result<Exit, CliError> {
+    // Wrong settings are told before a coordinator is asked for.
+    let list = args.list.settle(args.verb.is_some())?;
+    let verb = match args.verb.unwrap_or(RunVerb::Ls(list)) {
+        RunVerb::Submit(submit) => return submit::submit(*submit, at).await,
+        RunVerb::Fork(fork) => return fork::fork(fork, at).await,
+        verb => verb,
+    };
+    let (client, _) = Client::connect(at.address()?).await?;
     match verb {
-        RunVerb::Submit(_) => unreachable!("handled before connecting"),
+        RunVerb::Submit(_) | RunVerb::Fork(_) => unreachable!("handled before connecting"),
+        RunVerb::Audit(audit) => audit::audit(&client, audit).await,
         RunVerb::Ls(output) => list::ls(&client, output.format).await,
         RunVerb::Show(show) => list::show(&client, show).await,
         RunVerb::Watch(name) => control::watch(&client, &name.run).await,

@@ -1,18 +1,18 @@
 //! `takuma sample`: the pictures of a run, listed and fetched through the coordinator.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 use takuma_core::layout::{PLOT_FILE, SAMPLES_FOLDER, step_of_name};
-use takuma_proto::v1::{ListSamplesReply, ListSamplesRequest, ReadObjectRequest, SampleView};
+use takuma_proto::v1::{ListSamplesReply, ListSamplesRequest, SampleView};
 
 use crate::client::Client;
 use crate::context::CoordinatorArgs;
 use crate::error::{CliError, Exit};
 use crate::json::SampleJson;
+use crate::object::{Reading, plain_name};
 use crate::output::{self, Format, OutputArgs, Table, Tone};
 
 /// No picture of ours comes near; a server that sends more is not one of ours.
@@ -23,8 +23,6 @@ const DOWNLOADS_AT_ONCE: usize = 4;
 /// `takuma sample`.
 #[derive(Debug, Args)]
 pub struct SampleArgs {
-    #[command(flatten)]
-    coordinator: CoordinatorArgs,
     #[command(subcommand)]
     verb: SampleVerb,
 }
@@ -87,8 +85,8 @@ struct Downloaded {
 ///
 /// # Errors
 /// There is no such run or sample, a file cannot be written, or the coordinator cannot be reached.
-pub async fn run(args: SampleArgs) -> Result<Exit, CliError> {
-    let (client, _) = Client::connect(args.coordinator.address()?).await?;
+pub async fn run(args: SampleArgs, at: &CoordinatorArgs) -> Result<Exit, CliError> {
+    let (client, _) = Client::connect(at.address()?).await?;
     match args.verb {
         SampleVerb::Ls { run, output } => ls(&client, run, output.format).await,
         SampleVerb::Download(download_args) => download(&client, download_args).await,
@@ -196,18 +194,6 @@ fn wanted(
     Ok(files)
 }
 
-/// The name itself if it is one of a file in its folder: what a server says must not choose the place.
-fn plain_name(name: &str) -> Result<&str, CliError> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.starts_with('.') || name.len() > 128 || !name.chars().all(allowed) {
-        let shown = output::visible(name);
-        return Err(CliError::failed(format!(
-            "the coordinator names a file '{shown}', which is not a plain file name; nothing was written for it"
-        )));
-    }
-    Ok(name)
-}
-
 /// Fetches one file; false when it was there already.
 async fn fetch(client: &Client, run: &str, dir: &Path, wanted: Wanted) -> Result<(PathBuf, bool), CliError> {
     let Wanted { object, file, size_bytes } = wanted;
@@ -218,23 +204,10 @@ async fn fetch(client: &Client, run: &str, dir: &Path, wanted: Wanted) -> Result
     {
         return Ok((file, false));
     }
-    let request = ReadObjectRequest { run: run.to_owned(), object: object.clone() };
-    let mut chunks = client.call(client.control().read_object(request)).await?;
-    // Whole or not at all; and a rename replaces a link instead of following it out of the folder.
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".takuma-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
-    let mut part = builder.tempfile_in(dir).map_err(failed)?;
-    let mut received = 0_u64;
     let limit = size_bytes.unwrap_or(PICTURE_BYTES_MAX).min(PICTURE_BYTES_MAX);
-    while let Some(chunk) = client.within(chunks.message()).await?.map_err(|status| client.refused(status))? {
-        received += chunk.data.len() as u64;
-        if received > limit {
-            return Err(CliError::failed(format!("{object} of run {run} is larger than told; try again")));
-        }
-        part.write_all(&chunk.data).map_err(failed)?;
-    }
+    let reading = Reading::open(client, run, &object, limit).await?;
+    let (part, fingerprint) = reading.into_folder(dir).await?;
+    let received = fingerprint.size_bytes;
     if size_bytes.is_some_and(|size| size != received) {
         return Err(CliError::failed(format!(
             "{object} of run {run} came with {received} bytes, not as told; try again"
@@ -242,20 +215,4 @@ async fn fetch(client: &Client, run: &str, dir: &Path, wanted: Wanted) -> Result
     }
     part.persist(&file).map_err(|error| failed(error.error))?;
     Ok((file, true))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_plain_file_names_are_accepted() {
-        for name in ["step-000050.png", "reals.png", PLOT_FILE, "calm-otter-3"] {
-            assert_eq!(plain_name(name).unwrap(), name);
-        }
-        for name in ["", ".", "..", "../x.png", "/etc/passwd", "a/b.png", "a\\b", ".bashrc", "x\0.png", "a\n"]
-        {
-            assert!(plain_name(name).is_err(), "{name:?}");
-        }
-    }
 }

@@ -198,13 +198,20 @@ impl Layer {
         Ok(layer)
     }
 
-    /// Sets a key from text: a number where the key's type is one.
+    /// Takes every setting of a configuration.
+    #[must_use]
+    pub fn from_config(config: &RunConfig, origin: impl Into<String>) -> Self {
+        let values = serde_json::to_value(config).ok().and_then(|value| value.as_object().cloned());
+        Self { values: values.unwrap_or_default(), ..Self::new(origin) }
+    }
+
+    /// Sets a key from text: a number, or true or false, where the key's type is one.
     ///
     /// # Errors
-    /// An unknown key, or text that is no such number.
+    /// An unknown key, or text that is none of its type.
     pub fn insert_text(&mut self, key: &str, text: &str) -> Result<(), SettingsError> {
-        let number = matches!(template().get(key), Some(Value::Number(_)));
-        let parsed = if number { serde_json::from_str(text).ok() } else { None };
+        let plain = matches!(template().get(key), Some(Value::Number(_) | Value::Bool(_)));
+        let parsed = if plain { serde_json::from_str(text).ok() } else { None };
         self.insert(key, parsed.unwrap_or_else(|| Value::String(text.to_owned())), &format!("'{text}'"))
     }
 
@@ -219,6 +226,7 @@ impl Layer {
         let (fits, must_be) = match &model {
             Value::Number(number) if number.is_u64() => (value.is_u64(), "a whole number, 0 or more"),
             Value::Number(_) => (value.is_number(), "a number"),
+            Value::Bool(_) => (value.is_boolean(), "true or false"),
             _ => (value.is_string(), "text"),
         };
         if !fits {

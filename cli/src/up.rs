@@ -20,10 +20,14 @@ use crate::progress::Screen;
 /// A step of the slowest machine, a checkpoint to a slow store, and some.
 const RUN_STOP_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A child that dies so often within so long is not started again: the cause will not go away by itself.
+const MAX_DEATHS: usize = 4;
+const DEATHS_WITHIN: Duration = Duration::from_secs(60);
+
 /// `takuma up`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Stays in the foreground. Ctrl-C stops a running run with a checkpoint, then everything; Ctrl-C twice does not wait.
+Stays in the foreground, and starts again whatever dies. Ctrl-C stops a running run with a checkpoint, then everything; Ctrl-C twice does not wait.
 Later commands find this coordinator by themselves.
 
 Examples:
@@ -130,7 +134,9 @@ fn summary(cluster: &LocalCluster, options: &LocalOptions) -> Result<(), CliErro
     Ok(())
 }
 
+/// Keeps everything running until a signal: a child that dies is started again, and the runs go on meanwhile.
 async fn stay(mut cluster: LocalCluster, signals: &mut Signals) -> Result<Exit, CliError> {
+    let mut deaths = Deaths::default();
     loop {
         let death = tokio::select! {
             () = signals.next() => {
@@ -139,20 +145,37 @@ async fn stay(mut cluster: LocalCluster, signals: &mut Signals) -> Result<Exit, 
             }
             death = cluster.next_death() => death?,
         };
-        if death.was_coordinator || cluster.workers() == 0 {
+        output::message(&format!("{} {}", Tone::Bad.stderr("lost:"), death.message));
+        if deaths.are_too_many(&death.name) {
             cluster.stop().await?;
             return Err(CliError::failed(format!(
-                "{}\nnothing is left to work with: start again with 'takuma up', then \
-                 'takuma run ls' tells what can be resumed",
-                death.message
+                "{} died {MAX_DEATHS} times within {} s, so everything was stopped; mend the cause above, start again \
+                 with 'takuma up', and the run goes on from its last checkpoint",
+                death.name,
+                DEATHS_WITHIN.as_secs()
             )));
         }
-        output::message(&format!(
-            "{} {}\n{} left; to have all again, stop with Ctrl-C, start 'takuma up', and 'takuma run resume RUN'",
-            Tone::Bad.stderr("lost:"),
-            death.message,
-            output::count(cluster.workers() as u64, "worker"),
-        ));
+        if death.was_coordinator {
+            cluster.restart_coordinator().await?;
+        } else {
+            cluster.start_worker(&death.name)?;
+        }
+        output::message(&format!("{} is started again; the run goes on meanwhile", death.name));
+    }
+}
+
+/// When which child died.
+#[derive(Debug, Default)]
+struct Deaths(std::collections::HashMap<String, Vec<tokio::time::Instant>>);
+
+impl Deaths {
+    /// Notes a death; whether starting that child again makes no sense.
+    fn are_too_many(&mut self, name: &str) -> bool {
+        let now = tokio::time::Instant::now();
+        let times = self.0.entry(name.to_owned()).or_default();
+        times.push(now);
+        times.retain(|&at| now - at <= DEATHS_WITHIN);
+        times.len() >= MAX_DEATHS
     }
 }
 

@@ -1,22 +1,21 @@
-//! `takuma worker`: who is connected.
+//! `takuma worker`: who is connected, and who is to get no more work.
+
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use takuma_proto::v1::{ListWorkersRequest, WorkerView};
+use takuma_proto::v1::{DrainWorkerRequest, ListWorkersRequest, WorkerView};
 
 use crate::client::Client;
 use crate::context::CoordinatorArgs;
 use crate::error::{CliError, Exit};
 use crate::json::WorkerJson;
-use crate::output::{self, Format, OutputArgs, Table, Tone};
+use crate::output::{self, Format, ListArgs, OutputArgs, Table, Tone};
 
 /// `takuma worker`, alone: `worker ls`.
 #[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
 pub struct WorkerArgs {
     #[command(flatten)]
-    coordinator: CoordinatorArgs,
-    #[command(flatten)]
-    output: OutputArgs,
+    list: ListArgs,
     #[command(subcommand)]
     verb: Option<WorkerVerb>,
 }
@@ -26,16 +25,90 @@ enum WorkerVerb {
     /// List workers, with what they do and where their time goes
     #[command(visible_alias = "list")]
     Ls(OutputArgs),
+    /// Give a worker no more work: its run goes on without it after a step, and nothing is lost
+    #[command(after_help = "\
+A drained worker stays connected and idle until its process ends. A new process under its name gets work again, and so
+does every worker after a restart of the coordinator.
+
+Examples:
+  takuma worker drain worker-2
+  takuma worker drain worker-2 --no-wait")]
+    Drain(DrainArgs),
 }
+
+#[derive(Debug, Args)]
+struct DrainArgs {
+    /// The worker's full name; 'takuma worker ls' lists them
+    name: String,
+    /// Only ask for it; do not wait until the worker is out of its run
+    #[arg(long)]
+    no_wait: bool,
+    /// How long to wait
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+}
+
+/// A change takes a step or two; a person does not see a fifth of a second.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Runs `takuma worker ...`.
 ///
 /// # Errors
 /// The coordinator refuses or cannot be reached.
-pub async fn run(args: WorkerArgs) -> Result<Exit, CliError> {
-    let WorkerVerb::Ls(output) = args.verb.unwrap_or(WorkerVerb::Ls(args.output));
-    let (client, _) = Client::connect(args.coordinator.address()?).await?;
-    let workers = client.call(client.control().list_workers(ListWorkersRequest {})).await?.workers;
+pub async fn run(args: WorkerArgs, at: &CoordinatorArgs) -> Result<Exit, CliError> {
+    let list = args.list.settle(args.verb.is_some())?;
+    let (client, _) = Client::connect(at.address()?).await?;
+    match args.verb.unwrap_or(WorkerVerb::Ls(list)) {
+        WorkerVerb::Ls(output) => ls(&client, output).await,
+        WorkerVerb::Drain(drain_args) => drain(&client, drain_args).await,
+    }
+}
+
+async fn list(client: &Client) -> Result<Vec<WorkerView>, CliError> {
+    Ok(client.call(client.control().list_workers(ListWorkersRequest {})).await?.workers)
+}
+
+async fn drain(client: &Client, args: DrainArgs) -> Result<Exit, CliError> {
+    let name = &args.name;
+    client.call(client.control().drain_worker(DrainWorkerRequest { worker: name.clone() })).await?;
+    if args.no_wait {
+        output::message(&format!("worker {name} was asked to finish; 'takuma worker ls' shows when it has"));
+        return Ok(Exit::Success);
+    }
+    let mut run = String::new();
+    let out = async {
+        loop {
+            let workers = list(client).await?;
+            let Some(worker) = workers.iter().find(|worker| worker.name == *name && worker.status != "lost")
+            else {
+                return Ok::<_, CliError>("is gone");
+            };
+            if worker.run.is_empty() {
+                return Ok("is drained");
+            }
+            if run != worker.run {
+                run.clone_from(&worker.run);
+                output::message(&format!("worker {name} leaves run {run} after a step; waiting for that"));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    };
+    let how = tokio::time::timeout(args.timeout, out).await;
+    let Ok(how) = how else {
+        let limit = humantime::format_duration(args.timeout);
+        return Err(CliError::failed(format!(
+            "worker {name} is still part of run {run} after {limit}; 'takuma run logs {run}' may tell why, and the same \
+             command waits on"
+        )));
+    };
+    let how = how?;
+    let after = if run.is_empty() { String::new() } else { format!("; run {run} goes on without it") };
+    output::message(&output::visible(&format!("worker {name} {how}{after}")));
+    Ok(Exit::Success)
+}
+
+async fn ls(client: &Client, output: OutputArgs) -> Result<Exit, CliError> {
+    let workers = list(client).await?;
     if output.format == Format::Json {
         output::print_json(&workers.iter().map(WorkerJson::from).collect::<Vec<_>>())?;
     } else if workers.is_empty() {
@@ -61,6 +134,7 @@ fn table(workers: &[WorkerView], format: Format) -> Table {
         let tone = match worker.status.as_str() {
             "lost" => Tone::Bad,
             "training" => Tone::Good,
+            "leaving" | "drained" => Tone::Warning,
             _ => Tone::Plain,
         };
         let mut row = vec![

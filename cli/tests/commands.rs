@@ -6,7 +6,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::{Fake, Script, run_view, takuma, takuma_in, updates};
+use support::{Fake, Script, checkpoint, run_view, takuma, takuma_in, updates};
 use takuma_cli::attach::Watch;
 use takuma_cli::client::Client;
 use takuma_cli::context::Address;
@@ -179,13 +179,15 @@ async fn show_as_json_has_exactly_the_documented_keys() {
         "data",
         "store",
         "error",
+        "waiting_for",
+        "origin",
     ];
     expected.sort_unstable();
     let mut keys: Vec<_> = json.keys().map(String::as_str).collect();
     keys.sort_unstable();
     assert_eq!(keys, expected);
     assert_eq!((&json["status"], &json["exact"]), (&"running".into(), &false.into()));
-    for unknown in ["eta_s", "d_loss", "weights_sha256", "error"] {
+    for unknown in ["eta_s", "d_loss", "weights_sha256", "error", "waiting_for", "origin"] {
         assert!(json[unknown].is_null(), "{unknown}");
     }
     let ran = fake.takuma(&["run", "ls", "-o", "json"]).await;
@@ -288,7 +290,7 @@ async fn logs_are_data_and_pass_their_filters_on() {
 
 #[tokio::test]
 async fn checkpoints_are_listed() {
-    let fake = Fake::start(script(Running, 5)).await;
+    let fake = Fake::start(Script { checkpoints: vec![checkpoint(5)], ..script(Running, 5) }).await;
     let ran = fake.takuma(&["checkpoint", "ls", "calm", "-o", "json"]).await;
     let list: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!((&list[0]["step"], &list[0]["size_bytes"]), (&5.into(), &7.into()));

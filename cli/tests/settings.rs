@@ -131,6 +131,7 @@ fn every_key_of_a_run_is_known_and_can_be_set() {
         "batch_norm" => "local",
         "learning_rate" | "beta1" | "beta2" => "0.25",
         "bucket_bytes" => "8192",
+        "exact" => "false",
         "exchange_timeout_ms" => "500",
         _ => "4",
     };

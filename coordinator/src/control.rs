@@ -1,8 +1,10 @@
 //! The clients' service: requests translated to events, views and streams.
 
+use takuma_core::checkpoint::CheckpointManifest;
 use takuma_core::config::RunConfig;
-use takuma_core::event::{Event, Refusal, Submission};
+use takuma_core::event::{Event, OriginCheckpoint, Refusal, Submission};
 use takuma_core::layout;
+use takuma_core::record::Origin;
 use takuma_proto::v1::control_server::Control;
 use takuma_proto::{PROTOCOL_VERSION, v1};
 use takuma_store::Store;
@@ -14,7 +16,7 @@ use crate::datasets::read_manifest;
 use crate::objects;
 use crate::owner::Owner;
 use crate::session::check_protocol;
-use crate::status::from_refusal;
+use crate::status::{from_refusal, refusal_of_store};
 use crate::streams;
 
 /// The `Control` service.
@@ -48,7 +50,11 @@ impl ControlService {
         let (dataset, url) = read_manifest(&config.data).await?;
         config.data = url;
         let name = Some(request.name).filter(|name| !name.is_empty());
-        let submission = Submission { name, config, dataset, random: random()? };
+        let origin = match request.origin_run.as_str() {
+            "" => None,
+            run => Some(Box::new(self.origin(run.to_owned(), request.origin_step).await?)),
+        };
+        let submission = Submission { name, config, dataset, origin, random: random()? };
         let (view, plan) = if request.dry_run {
             self.owner.query(move |cluster| cluster.plan(&submission)).await??
         } else {
@@ -61,6 +67,19 @@ impl ControlService {
         };
         let run = convert::run_view(&view, self.store.url());
         Ok(v1::SubmitRunReply { run: Some(run), plan: Some(convert::plan(plan, &view)) })
+    }
+
+    /// The checkpoint that a new run is to start from.
+    async fn origin(&self, prefix: String, step: u64) -> Result<OriginCheckpoint, Refusal> {
+        let run = self.resolve(prefix).await?;
+        let manifest = objects::read_checkpoint(&self.run_store(&run), step).await?;
+        let Some(manifest) = manifest else {
+            return Err(Refusal::NotFound(format!(
+                "run {run} has no checkpoint of step {step}; 'takuma checkpoint ls {run}' lists those that it has"
+            )));
+        };
+        let CheckpointManifest { config, dataset_digest, .. } = manifest;
+        Ok(OriginCheckpoint { mark: Origin { run, step }, config, dataset_digest })
     }
 
     async fn stop(&self, run: String) -> Result<v1::RunView, Refusal> {
@@ -77,6 +96,15 @@ impl ControlService {
         let name =
             self.owner.request(move |request| Event::ResumeRequested { request, run, dataset }).await?;
         self.view(name).await
+    }
+
+    /// The manifest of a run's dataset. Whoever asks needs no credentials for the dataset's store.
+    async fn dataset_manifest(&self, name: &str) -> Result<objects::Chunks, Refusal> {
+        let told = name.to_owned();
+        let view = self.owner.query(move |cluster| cluster.run_view(&told)).await?;
+        let data = view.map(|view| view.record.config.data).unwrap_or_default();
+        let store = Store::open(&data).map_err(|error| refusal_of_store(&error))?;
+        objects::read(&store, layout::MANIFEST_FILE).await
     }
 
     fn run_store(&self, name: &str) -> Store {
@@ -125,6 +153,15 @@ impl Control for ControlService {
         told(views.map(|views| v1::ListWorkersReply {
             workers: views.into_iter().map(convert::worker_view).collect(),
         }))
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<v1::DrainWorkerRequest>,
+    ) -> Result<Response<v1::DrainWorkerReply>, Status> {
+        let worker = request.into_inner().worker;
+        let drained = self.owner.request(move |request| Event::DrainRequested { request, worker }).await;
+        told(drained.map(|_| v1::DrainWorkerReply {}))
     }
 
     async fn submit_run(
@@ -196,6 +233,9 @@ impl Control for ControlService {
         let request = request.into_inner();
         let read = async {
             let name = self.resolve(request.run).await?;
+            if request.object == layout::DATASET_MANIFEST {
+                return self.dataset_manifest(&name).await;
+            }
             objects::read(&self.run_store(&name), &request.object).await
         };
         told(read.await)

@@ -2,12 +2,14 @@
 
 use takuma_core::checkpoint::CheckpointPart;
 use takuma_core::event::{
-    CellShape, Directive, Event, Fence, GridKind, Hello, MemberEnd, MemberFailure, Outcome, Progress,
-    RunEvent, SessionId, StepReport, StepTimes, Tile, Upload,
+    CellShape, Claim, Directive, Event, FailureKind, Fence, Formed, GridKind, Hello, MemberEnd,
+    MemberFailure, Outcome, Peer, Position, Prepare, Progress, RunEvent, SessionId, StateSource, StepReport,
+    StepTimes, Tile, Upload, When,
 };
 use takuma_core::ids::Generation;
 use takuma_core::layout;
 use takuma_core::record::RunStatus;
+use takuma_core::slots::SlotRange;
 use takuma_core::view::{Plan, RunView, WorkerView};
 use takuma_proto::v1;
 use takuma_proto::v1::worker_directive::Directive as Wire;
@@ -28,7 +30,30 @@ pub fn hello(hello: v1::Hello) -> Hello {
         pid: hello.pid,
         device: hello.device,
         threads: hello.threads,
+        membership: hello.membership.map(claim),
     }
+}
+
+fn claim(membership: v1::Membership) -> Claim {
+    let peer = |member: v1::Member| Peer {
+        worker: member.worker,
+        process_id: member.process_id,
+        ring_address: member.ring_address,
+        slots: SlotRange { first: member.first_slot, count: member.slot_count },
+    };
+    Claim {
+        fence: fence(membership.run, membership.generation),
+        run_id: membership.run_id,
+        rank: membership.rank,
+        members: membership.members.into_iter().map(peer).collect(),
+        position: position(membership.position),
+        parked: membership.parked,
+        changes_to: (membership.changes_to > 0).then_some(Generation(membership.changes_to)),
+    }
+}
+
+fn position(position: Option<v1::Position>) -> Position {
+    position.map_or_else(Position::default, |at| Position { step: at.step, phase: at.phase })
 }
 
 /// The event that a worker's message is, or why it is none. Log lines and the first hello are not events.
@@ -48,8 +73,20 @@ pub fn event(session: SessionId, message: Message) -> Result<Option<Event>, Stri
         Message::CheckpointUploaded(sent) => Event::CheckpointUploaded { session, upload: upload(sent) },
         Message::RunEnded(ended) => Event::MemberEnded { session, end: member_end(ended)? },
         Message::RunFailed(failed) => Event::MemberFailed { session, failure: member_failure(failed) },
-        Message::Goodbye(goodbye) => Event::WorkerLeft { session, reason: goodbye.reason },
+        Message::Goodbye(goodbye) => {
+            Event::WorkerLeaves { session, reason: goodbye.reason, at_once: goodbye.at_once }
+        }
+        Message::Formed(sent) => Event::GroupFormed { session, formed: formed(sent) },
     }))
+}
+
+fn formed(formed: v1::Formed) -> Formed {
+    Formed {
+        fence: fence(formed.run, formed.generation),
+        position: position(formed.position),
+        stalled_s: formed.stalled_s,
+        restored: formed.restored,
+    }
 }
 
 fn progress(beat: v1::Heartbeat) -> Progress {
@@ -75,6 +112,7 @@ fn step_report(report: v1::StepReport) -> StepReport {
             data_s: report.data_s,
             exchange_s: report.exchange_s,
         },
+        fed: report.fed,
     }
 }
 
@@ -120,13 +158,18 @@ fn member_end(ended: v1::RunEnded) -> Result<MemberEnd, String> {
 }
 
 fn member_failure(failed: v1::RunFailed) -> MemberFailure {
-    let peer_lost = failed.kind() == v1::run_failed::Kind::PeerLost;
+    let kind = match failed.kind() {
+        v1::run_failed::Kind::PeerLost => {
+            FailureKind::PeerLost { suspect: u32::try_from(failed.suspect_rank).ok() }
+        }
+        v1::run_failed::Kind::Run => FailureKind::Run,
+        v1::run_failed::Kind::Local | v1::run_failed::Kind::Unspecified => FailureKind::Local,
+    };
     MemberFailure {
         fence: fence(failed.run, failed.generation),
         step: failed.step,
         phase: failed.phase,
-        peer_lost,
-        suspect_rank: u32::try_from(failed.suspect_rank).ok().filter(|_| peer_lost),
+        kind,
         message: failed.message,
     }
 }
@@ -135,27 +178,7 @@ fn member_failure(failed: v1::RunFailed) -> MemberFailure {
 #[must_use]
 pub fn directive(directive: Directive) -> v1::WorkerDirective {
     let wire = match directive {
-        Directive::Prepare(prepare) => {
-            let member = |(rank, peer): (usize, takuma_core::event::Peer)| v1::Member {
-                rank: rank as u32,
-                worker: peer.worker,
-                ring_address: peer.ring_address,
-                first_slot: peer.slots.first,
-                slot_count: peer.slots.count,
-            };
-            Wire::Prepare(v1::Prepare {
-                run: prepare.fence.run,
-                generation: prepare.fence.generation.0,
-                config_json: prepare.config.to_json(),
-                rank: prepare.rank,
-                members: prepare.members.into_iter().enumerate().map(member).collect(),
-                run_url: prepare.run_url,
-                start_step: prepare.start_step,
-                resume: prepare.resume,
-                target_steps: prepare.target_steps,
-                run_id: prepare.run_id,
-            })
-        }
+        Directive::Prepare(prepare) => Wire::Prepare(prepare_message(*prepare)),
         Directive::Start(fence) => Wire::Start(v1::Start { run: fence.run, generation: fence.generation.0 }),
         Directive::Stop(fence) => {
             Wire::StopRun(v1::StopRun { run: fence.run, generation: fence.generation.0 })
@@ -166,8 +189,49 @@ pub fn directive(directive: Directive) -> v1::WorkerDirective {
         Directive::CheckpointCommitted { run, step } => {
             Wire::CheckpointCommitted(v1::CheckpointCommitted { run, step })
         }
+        Directive::Kept { run, step, grids, reals, resend } => {
+            Wire::Kept(v1::Kept { run, step, grids, reals, resend })
+        }
+        Directive::Release(fence) => {
+            Wire::Release(v1::Release { run: fence.run, generation: fence.generation.0 })
+        }
+        Directive::Farewell => Wire::Farewell(v1::Farewell {}),
     };
     v1::WorkerDirective { directive: Some(wire) }
+}
+
+fn prepare_message(prepare: Prepare) -> v1::Prepare {
+    let member = |(rank, peer): (usize, Peer)| v1::Member {
+        rank: rank as u32,
+        worker: peer.worker,
+        ring_address: peer.ring_address,
+        first_slot: peer.slots.first,
+        slot_count: peer.slots.count,
+        process_id: peer.process_id,
+    };
+    let (state, start_step) = match prepare.state {
+        StateSource::Fresh => (v1::prepare::State::Fresh, 0),
+        StateSource::Checkpoint(step) => (v1::prepare::State::Checkpoint, step),
+        StateSource::Peers => (v1::prepare::State::Peers, 0),
+    };
+    let when = match prepare.when {
+        When::Now => v1::prepare::When::Now,
+        When::NextStep => v1::prepare::When::NextStep,
+    };
+    v1::Prepare {
+        run: prepare.fence.run,
+        generation: prepare.fence.generation.0,
+        config_json: prepare.config.to_json(),
+        rank: prepare.rank,
+        members: prepare.members.into_iter().enumerate().map(member).collect(),
+        run_url: prepare.run_url,
+        checkpoint_url: prepare.checkpoint_url,
+        start_step,
+        state: state.into(),
+        target_steps: prepare.target_steps,
+        run_id: prepare.run_id,
+        when: when.into(),
+    }
 }
 
 fn status(status: RunStatus) -> v1::RunStatus {
@@ -179,6 +243,7 @@ fn status(status: RunStatus) -> v1::RunStatus {
         RunStatus::Stopped => v1::RunStatus::Stopped,
         RunStatus::Succeeded => v1::RunStatus::Succeeded,
         RunStatus::Failed => v1::RunStatus::Failed,
+        RunStatus::Waiting => v1::RunStatus::Waiting,
     }
 }
 
@@ -199,6 +264,7 @@ pub fn run_view(view: &RunView, store_url: &str) -> v1::RunView {
         workers: record.workers,
         generation: record.generation.0,
         seed: record.config.seed,
+        exact: record.config.exact,
         global_batch: record.config.global_batch,
         images_per_s: view
             .means
@@ -224,6 +290,7 @@ pub fn run_view(view: &RunView, store_url: &str) -> v1::RunView {
         config_json: record.config.to_json(),
         queue_position: view.queue_position,
         waiting_for: view.waiting_for.clone(),
+        origin: record.origin.as_ref().map_or_else(String::new, ToString::to_string),
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::Serialize;
 use takuma_core::checkpoint::CheckpointManifest;
 use takuma_core::event::{Event, Fence, Grid, GridKind, MetricsLine, RunEvent};
+use takuma_core::ids::Generation;
 use takuma_core::layout;
 use takuma_core::record::{CheckpointMark, RunRecord};
 use takuma_core::time::Timestamp;
@@ -49,7 +50,7 @@ pub enum Job {
     /// Append to `metrics.jsonl`.
     Metrics(MetricsLine),
     /// Forget metrics and grids after this step.
-    Rewind(u64),
+    Rewind { step: u64, lineage: Generation },
     /// Store a grid and all that belongs to it.
     Grid(Grid),
     /// Commit a checkpoint.
@@ -76,6 +77,8 @@ pub struct WriterSetup {
     pub title: String,
     /// The store under which `runs/` lies.
     pub store: Store,
+    /// The generation that went on from the seed or a checkpoint last, whose metrics the store holds.
+    pub lineage: Generation,
     /// Where events go.
     pub owner: Owner,
     /// Cancelled when the coordinator shuts down.
@@ -209,16 +212,20 @@ impl RunFiles {
         match job {
             Job::Save { record, first, acknowledge } => {
                 let fence = Fence { run: record.name.clone(), generation: record.generation };
+                let reserved = record.generations_reserved;
                 let outcome = self.save(&record, first).await;
                 if acknowledge {
-                    self.tell(Event::RunSaved { fence, outcome }).await;
+                    self.tell(Event::RunSaved { fence, reserved, outcome }).await;
                     return Ok(());
                 }
                 outcome
             }
             Job::Event(event) => self.event(&event).await,
             Job::Metrics(line) => self.metrics(&line).await,
-            Job::Rewind(step) => self.rewind(step).await,
+            Job::Rewind { step, lineage } => {
+                self.setup.lineage = lineage;
+                self.rewind(step).await
+            }
             Job::Grid(grid) => {
                 let (fence, kind, step) = (grid.fence.clone(), grid.kind, grid.step);
                 let outcome = self.grid(grid).await;
@@ -383,8 +390,10 @@ impl RunFiles {
             if due(growing.events.due()) {
                 growing.events.flush(&self.store, &self.patience).await?;
             }
-            if due(growing.metrics.due()) {
-                growing.metrics.flush(&self.store, &self.patience).await?;
+            if due(growing.metrics.due()) && growing.metrics.flush(&self.store, &self.patience).await? {
+                let step = growing.points.last().map_or(0, |point| point.step);
+                let (run, lineage) = (self.setup.run.clone(), self.setup.lineage);
+                self.tell(Event::MetricsStored { run, step, lineage }).await;
             }
         }
         if all || self.tensorboard_stored + TENSORBOARD_PERIOD <= now {

@@ -21,6 +21,7 @@ mod control;
 mod convert;
 mod datasets;
 mod files;
+pub mod lease;
 mod objects;
 mod owner;
 mod recover;
@@ -58,20 +59,23 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Connections get so long to end at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Below this a loaded machine's scheduling looks like silence.
+const SHORTEST_SILENCE_MS: u64 = 1_200;
+
 /// What can be chosen.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// A worker that is silent for so long is lost, in milliseconds. It is asked for ten heartbeats in that time.
     pub heartbeat_timeout_ms: u64,
-    /// After a worker reported a broken link: wait so long for news of the culprit.
-    pub peer_lost_grace_ms: u64,
+    /// After a restart: members of the group that was at work may come back within so long.
+    pub reunion_ms: u64,
     /// A worker whose step and phase do not change for so long is stuck.
     pub progress_timeout_ms: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { heartbeat_timeout_ms: 5_000, peer_lost_grace_ms: 2_000, progress_timeout_ms: 600_000 }
+        Self { heartbeat_timeout_ms: 5_000, reunion_ms: 15_000, progress_timeout_ms: 600_000 }
     }
 }
 
@@ -155,8 +159,7 @@ pub async fn run(
 }
 
 impl Coordinator {
-    /// Tries the store and takes in its runs. Bind the socket first: a run that was at work when its
-    /// coordinator died is marked as failed here, which must not happen beside a living coordinator.
+    /// Tries the store and takes in its runs; one that was at work waits for its workers to come back.
     ///
     /// # Errors
     /// [`ServerError::Store`].
@@ -166,8 +169,10 @@ impl Coordinator {
         let recovered = recover::recover(&store).await.map_err(unusable)?;
         let cluster = Cluster::new(takuma_core::cluster::Options {
             heartbeat_timeout_ms: options.heartbeat_timeout_ms,
-            peer_lost_grace_ms: options.peer_lost_grace_ms,
+            reunion_ms: options.reunion_ms,
             progress_timeout_ms: options.progress_timeout_ms,
+            // Two heartbeats and a bit: one may be late.
+            silence_ms: (options.heartbeat_timeout_ms * 24 / 100).max(SHORTEST_SILENCE_MS),
             ..takuma_core::cluster::Options::new(store.url(), env!("CARGO_PKG_VERSION"))
         });
         let interval_ms = u32::try_from(options.heartbeat_timeout_ms / 10).unwrap_or(u32::MAX).max(1);

@@ -3,9 +3,11 @@
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
+use takuma_coordinator::lease::{Holder, Lease};
 use takuma_coordinator::{Coordinator, Options};
 use takuma_store::Store;
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,6 +28,13 @@ struct Arguments {
     #[arg(long, env = "TAKUMA_HEARTBEAT_TIMEOUT_MS", default_value_t = 5_000,
           value_parser = clap::value_parser!(u64).range(100..=3_600_000))]
     heartbeat_timeout_ms: u64,
+    /// Wait until the coordinator that works on this store ends, then take over its runs.
+    #[arg(long, env = "TAKUMA_STANDBY")]
+    standby: bool,
+    /// A coordinator that does not renew its lease on the store for so long has lost it.
+    #[arg(long, env = "TAKUMA_LEASE_MS", default_value_t = 10_000,
+          value_parser = clap::value_parser!(u64).range(1_000..=600_000))]
+    lease_ms: u64,
     /// Form of the log lines on standard error.
     #[arg(long, env = "TAKUMA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -81,15 +90,42 @@ async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     stop_on_signals(&shutdown).context("cannot listen for signals")?;
     let store = Store::open(&arguments.store)?;
     let url = store.url().to_owned();
-    let (listener, address) = takuma_coordinator::bind(&arguments.listen).await?;
+    // A standby binds only when it works, so that workers find nobody at its address before.
+    let bound =
+        if arguments.standby { None } else { Some(takuma_coordinator::bind(&arguments.listen).await?) };
+    let holder = Holder {
+        host: gethostname::gethostname().to_string_lossy().into_owned(),
+        address: bound.as_ref().map_or_else(|| arguments.listen.clone(), |(_, address)| address.to_string()),
+        id: format!("{:016x}", getrandom::u64()?),
+        renewals: 0,
+        released: false,
+    };
+    let term = Duration::from_millis(arguments.lease_ms);
+    let mut lease = tokio::select! {
+        lease = Lease::acquire(&store, holder, term, arguments.standby) => lease?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let (listener, address) = match bound {
+        Some(bound) => bound,
+        None => takuma_coordinator::bind(&arguments.listen).await?,
+    };
     let heartbeat_timeout_ms = arguments.heartbeat_timeout_ms;
     let options = Options { heartbeat_timeout_ms, ..Options::default() };
-    let coordinator = Coordinator::open(store, options).await?;
-    if let Some(path) = &arguments.address_file {
-        write_address(path, &address.to_string())?;
+    let guarded = lease.guard();
+    let working = async {
+        let coordinator = Coordinator::open(guarded, options).await?;
+        if let Some(path) = &arguments.address_file {
+            write_address(path, &address.to_string())?;
+        }
+        tracing::info!(store = url, "listening on {address}");
+        coordinator.serve(listener, shutdown).await?;
+        Ok::<_, anyhow::Error>(())
+    };
+    tokio::select! {
+        worked = working => worked?,
+        () = lease.keep() => anyhow::bail!("another coordinator has taken over the store {url}; this one ends"),
     }
-    tracing::info!(store = url, "listening on {address}");
-    coordinator.serve(listener, shutdown).await?;
+    lease.release().await;
     tracing::info!("stopped");
     Ok(())
 }

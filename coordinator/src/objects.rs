@@ -77,6 +77,20 @@ pub async fn read_checkpoints(run: &Store) -> Result<Vec<CheckpointManifest>, ta
     Ok(manifests)
 }
 
+/// The manifest of one step's checkpoint, if there is one.
+///
+/// # Errors
+/// An unreadable manifest, a store that does not answer.
+pub async fn read_checkpoint(run: &Store, step: u64) -> Result<Option<CheckpointManifest>, Refusal> {
+    let object = layout::checkpoint_object(step, layout::MANIFEST_FILE);
+    let found = run.get_if_exists(&object).await.map_err(|error| refusal_of_store(&error))?;
+    let Some(json) = found else { return Ok(None) };
+    serde_json::from_slice(&json).map(Some).map_err(|error| {
+        let url = run.url();
+        Refusal::Precondition(format!("{url}/{object} cannot be read: {error}; choose another checkpoint"))
+    })
+}
+
 /// One object of the run in chunks.
 ///
 /// # Errors

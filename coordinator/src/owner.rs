@@ -263,7 +263,7 @@ impl State {
             }
             Action::RecordEvent { run, event } => self.record(run, event),
             Action::RecordMetrics { run, line } => self.write(&run, Job::Metrics(line)),
-            Action::RewindMetrics { run, step } => self.write(&run, Job::Rewind(step)),
+            Action::RewindMetrics { run, step, lineage } => self.write(&run, Job::Rewind { step, lineage }),
             Action::StoreGrid { grid } => self.write(&grid.fence.run.clone(), Job::Grid(grid)),
             Action::CommitCheckpoint { manifest } => self.write(&manifest.run.clone(), Job::Commit(manifest)),
             Action::FlushRun { fence } => self.write(&fence.run.clone(), Job::Flush(fence)),
@@ -322,11 +322,13 @@ impl State {
 
     fn write(&mut self, run: &str, job: Job) {
         if !self.writers.contains_key(run) {
-            let recipe = self.cluster.run_view(run).map_or("", |view| view.record.config.recipe.name());
+            let record = self.cluster.run_view(run).map(|view| view.record);
+            let recipe = record.as_ref().map_or("", |record| record.config.recipe.name());
             let setup = WriterSetup {
                 run: run.to_owned(),
                 title: format!("{run}: {recipe}, cost vs iteration"),
                 store: self.store.clone(),
+                lineage: record.map_or_else(Default::default, |record| record.lineage),
                 owner: self.owner.clone(),
                 hurry: self.hurry.clone(),
                 previous: self.closing.remove(run),

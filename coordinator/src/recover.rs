@@ -1,6 +1,6 @@
 //! What a coordinator does with its store before it listens: tries it, and reads the runs that it holds.
 
-use takuma_core::event::Event;
+use takuma_core::event::{Event, Stored};
 use takuma_core::layout;
 use takuma_core::record::{CheckpointMark, RunRecord};
 use takuma_store::{Store, StoreError};
@@ -44,7 +44,9 @@ pub async fn recover(store: &Store) -> Result<Vec<Event>, StoreError> {
                     step: manifest.step,
                     weights_sha256: manifest.weights_sha256,
                 });
-                events.push(Event::RunRecovered { record: Box::new(record), checkpoint: mark });
+                let active = record.status.is_active();
+                let stored = if active { stored(&folder).await? } else { Stored::default() };
+                events.push(Event::RunRecovered { record: Box::new(record), checkpoint: mark, stored });
             }
             Err(reason) => {
                 tracing::warn!(run, reason, "skipped a run: {url}/{} cannot be read", layout::RUN_FILE);
@@ -53,4 +55,38 @@ pub async fn recover(store: &Store) -> Result<Vec<Event>, StoreError> {
         }
     }
     Ok(events)
+}
+
+/// What of a run's results lies in its folder.
+async fn stored(run: &Store) -> Result<Stored, StoreError> {
+    let samples = run.list(layout::SAMPLES_FOLDER).await?;
+    let names = || samples.iter().map(|entry| entry.name.as_str());
+    let grids = names().filter_map(|name| layout::step_of_name(name.rsplit('/').next()?)).collect();
+    let reals = names().any(|name| name == layout::REALS_FILE);
+    let metrics = run.get_if_exists(layout::METRICS_FILE).await?.unwrap_or_default();
+    Ok(Stored { step: last_step(&metrics), grids, reals })
+}
+
+/// Step of the last line that is whole. Lines after an unreadable one do not count: the writer drops them.
+fn last_step(metrics: &[u8]) -> u64 {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        step: u64,
+    }
+    let whole = metrics.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+    let lines = metrics[..whole].split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+    let steps = lines.map_while(|line| serde_json::from_slice::<Line>(line).ok());
+    steps.last().map_or(0, |line| line.step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_step_is_that_of_the_last_whole_line() {
+        assert_eq!(last_step(b""), 0);
+        assert_eq!(last_step(b"{\"step\":1}\n{\"step\":2}\n{\"step\":3"), 2);
+        assert_eq!(last_step(b"{\"step\":1}\ngarbage\n{\"step\":3}\n"), 1);
+    }
 }

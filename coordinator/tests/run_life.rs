@@ -5,6 +5,7 @@
 mod support;
 
 use support::{Place, Server, Worker, soon};
+use takuma_proto::v1::prepare::State;
 use takuma_proto::v1::run_ended::Outcome;
 use takuma_proto::v1::sample_tile::Kind;
 use takuma_proto::v1::worker_directive::Directive;
@@ -35,7 +36,7 @@ async fn two_workers_take_a_run_to_success_and_every_file_is_there() {
         (prepares[1].rank, prepares[1].members[1].first_slot, prepares[1].members[1].slot_count),
         (1, 32, 32)
     );
-    assert_eq!((prepares[0].start_step, prepares[0].resume, prepares[0].target_steps), (0, false, 4));
+    assert_eq!((prepares[0].state(), prepares[0].start_step, prepares[0].target_steps), (State::Fresh, 0, 4));
     assert_eq!(prepares[0].run_id, run.id);
     a.start().await;
     b.start().await;
@@ -103,12 +104,13 @@ async fn stop_and_resume_continue_from_the_checkpoint_with_one_worker() {
     assert!(matches!(a.next().await, Directive::StopRun(_)));
     a.checkpoint(&first[0], 3).await;
     a.end(&first[0], Outcome::Stopped, 3).await;
+    assert!(matches!(a.next().await, Directive::Release(_)));
     server.until_status("calm", v1::RunStatus::Stopped).await;
 
     let request = v1::ResumeRunRequest { run: "calm".into() };
     soon("the answer", server.control.resume_run(request)).await.unwrap();
     let second = [a.prepare().await];
-    assert_eq!((second[0].start_step, second[0].resume), (3, true));
+    assert_eq!((second[0].state(), second[0].start_step), (State::Checkpoint, 3));
     assert!(second[0].generation > first[0].generation);
     a.start().await;
     a.report(&first[0], 4).await; // Of the old generation: refused.
@@ -141,6 +143,7 @@ async fn a_second_run_waits_and_says_for_what() {
     a.report(&prepare, 1).await;
     a.checkpoint(&prepare, 1).await;
     a.end(&prepare, Outcome::Completed, 1).await;
+    assert!(matches!(a.next().await, Directive::Release(_)));
     assert_eq!(a.prepare().await.run, "second");
     server.stop().await;
 }
@@ -155,6 +158,7 @@ async fn a_dry_run_plans_and_changes_nothing() {
         config_json: place.config(10).to_json(),
         name: String::new(),
         dry_run: true,
+        ..v1::SubmitRunRequest::default()
     };
     let reply = soon("the plan", server.control.submit_run(request)).await.unwrap().into_inner();
     let plan = reply.plan.unwrap();

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use serde::Serialize;
-use takuma_core::dataset::{DATASET_FORMAT, DatasetManifest};
+use takuma_core::dataset::{DATASET_FORMAT, DatasetManifest, ShardEntry};
 use takuma_core::layout::{MANIFEST_FILE, QUARANTINE_FILE, shard_file};
-use takuma_core::slots::SlotMap;
+use takuma_core::slots::{ImageRef, SlotMap};
 use takuma_store::{Store, StoreError};
 
 use crate::progress::{CancelOnDrop, Job, blocking};
 use crate::quarantine::Quarantined;
-use crate::shard::{Shard, dataset_digest};
+use crate::shard::{Shard, dataset_digest, image_range};
 use crate::{DataError, Progress, Stage};
 
 /// Batch for which [`Inspection`] counts steps: the recipes' default.
@@ -55,25 +56,78 @@ impl Dataset {
     /// # Errors
     /// No such shard, it is missing or damaged, or the store does not answer.
     pub async fn load_shard(&self, shard: u32) -> Result<Shard, DataError> {
-        match self.check_shard(shard).await? {
-            Ok(shard) => Ok(shard),
-            Err(fault) => Err(DataError::Damaged { url: self.store.url().to_owned(), faults: vec![fault] }),
+        self.check_shard(shard).await?.map_err(|fault| self.damaged(vec![fault]))
+    }
+
+    /// Reads one image alone. Nothing but its length can be checked without the rest of its shard.
+    ///
+    /// # Shapes
+    /// `[height, width, channels]`, u8.
+    ///
+    /// # Errors
+    /// No such shard or image, the shard is missing or shorter than it should be, or the store does not
+    /// answer.
+    pub async fn read_image(&self, place: ImageRef) -> Result<Bytes, DataError> {
+        let entry = self.entry_of(place)?;
+        let range = image_range(entry, self.shape(), place.index)
+            .map_err(|reason| DataError::Manifest { url: self.url().to_owned(), reason })?;
+        let image_bytes = range.end - range.start;
+        let pixels = match self.store.get_range(&entry.file, range).await {
+            Err(StoreError::NotFound { .. }) => return Err(self.damaged(vec![missing(entry)])),
+            read => read?,
+        };
+        if pixels.len() as u64 != image_bytes {
+            let fault = format!("{} ends inside of image {}", entry.file, place.index);
+            return Err(self.damaged(vec![fault]));
         }
+        Ok(pixels)
+    }
+
+    /// The dataset's URL.
+    pub(crate) fn url(&self) -> &str {
+        self.store.url()
+    }
+
+    /// The manifest's entry of the shard that should hold an image.
+    pub(crate) fn entry_of(&self, place: ImageRef) -> Result<&ShardEntry, DataError> {
+        let ImageRef { shard, index } = place;
+        let entry = self.entry(shard)?;
+        if u64::from(index) < entry.images {
+            return Ok(entry);
+        }
+        Err(DataError::NoSuchImage { url: self.url().to_owned(), shard, index, images: entry.images })
+    }
+
+    pub(crate) fn damaged(&self, faults: Vec<String>) -> DataError {
+        DataError::Damaged { url: self.url().to_owned(), faults }
     }
 
     /// The shard, or in words what is wrong with it.
-    async fn check_shard(&self, shard: u32) -> Result<Result<Shard, String>, DataError> {
-        let manifest = Arc::clone(&self.manifest);
-        let Some(entry) = manifest.shards.get(shard as usize) else {
-            let shards = manifest.shards.len();
-            return Err(DataError::NoSuchShard { url: self.store.url().to_owned(), shard, shards });
-        };
+    pub(crate) async fn check_shard(&self, shard: u32) -> Result<Result<Shard, String>, DataError> {
+        let entry = self.entry(shard)?;
         let Some(bytes) = self.store.get_if_exists(&entry.file).await? else {
-            return Ok(Err(format!("{} is missing", entry.file)));
+            return Ok(Err(missing(entry)));
         };
-        let shape = [manifest.height, manifest.width, manifest.channels].map(u64::from);
+        let (manifest, shape) = (Arc::clone(&self.manifest), self.shape());
         blocking(move || Ok(Shard::parse(bytes, &manifest.shards[shard as usize], shape))).await
     }
+
+    fn entry(&self, shard: u32) -> Result<&ShardEntry, DataError> {
+        self.manifest.shards.get(shard as usize).ok_or_else(|| DataError::NoSuchShard {
+            url: self.url().to_owned(),
+            shard,
+            shards: self.manifest.shards.len(),
+        })
+    }
+
+    /// Height, width and channels of every image.
+    fn shape(&self) -> [u64; 3] {
+        [self.manifest.height, self.manifest.width, self.manifest.channels].map(u64::from)
+    }
+}
+
+fn missing(entry: &ShardEntry) -> String {
+    format!("{} is missing", entry.file)
 }
 
 /// What must hold before names and sizes in a manifest are used.

@@ -1,6 +1,7 @@
 //! [`DataError`]: every way a dataset cannot be made or read, split by what the user can do about it.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use takuma_store::StoreError;
 
@@ -147,6 +148,42 @@ pub enum DataError {
         shard: u32,
         /// What there is.
         shards: usize,
+    },
+    /// The shard has no such image.
+    #[error("shard {shard} of {url} has {images} images and no image {index}")]
+    NoSuchImage {
+        /// The dataset's URL.
+        url: String,
+        /// Its shard.
+        shard: u32,
+        /// Asked for.
+        index: u32,
+        /// What there is.
+        images: u64,
+    },
+    /// Images were asked for whose shard nobody wants.
+    #[error(
+        "shard {shard} of {url} is not among the shards that are wanted; tell the pool before images are fetched"
+    )]
+    Unwanted {
+        /// The dataset's URL.
+        url: String,
+        /// Asked for.
+        shard: u32,
+    },
+    /// The store did not give an image in time, however often it was asked.
+    #[error(
+        "shard {shard} of {url} could not be read for {waited:?} ({source}); mend the store, then resume the run"
+    )]
+    Unavailable {
+        /// The dataset's URL.
+        url: String,
+        /// The shard that holds the image.
+        shard: u32,
+        /// How long the image was waited for.
+        waited: Duration,
+        /// What the store said last.
+        source: StoreError,
     },
     /// The store failed in the middle; trying again later may help.
     #[error(transparent)]

@@ -2,7 +2,7 @@
 //!
 //! [`prepare`] decodes, crops and resizes every image of a zip, tar or folder once, shuffles once, and
 //! writes shards with a manifest; [`synth`] does the same with faces drawn by program. [`Dataset`] is
-//! how workers read the result; [`inspect`] and [`verify`] are for people.
+//! how programs read the result, [`ShardPool`] how trainers do; [`inspect`] and [`verify`] are for people.
 //!
 //! Equal input and options give equal bytes, whatever the number of threads or the order inside an
 //! archive. Memory does not grow with the number of images. Knows nothing of models or of libtorch.
@@ -14,6 +14,7 @@ mod decode;
 mod error;
 mod face;
 mod jpeg;
+mod pool;
 mod prepare;
 mod progress;
 mod quarantine;
@@ -24,6 +25,7 @@ mod write;
 
 pub use dataset::{Dataset, Inspection, VerifyReport, inspect, verify};
 pub use error::DataError;
+pub use pool::{Fetch, PoolLimits, PoolStatus, ShardPool};
 pub use prepare::{PrepareOptions, PrepareReport, prepare, prepare_with_threads};
 pub use progress::{Progress, Stage};
 pub use quarantine::{Quarantined, Reason};

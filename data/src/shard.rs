@@ -1,5 +1,7 @@
 //! One shard: a safetensors file with a single tensor `images`, uint8 `[images, size, size, 3]`.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
@@ -20,6 +22,26 @@ pub(crate) fn header(images: u64, size: u32) -> Vec<u8> {
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(&json);
     bytes
+}
+
+/// Where image `index` lies in a shard's object, in bytes; the error says in words why that cannot be told.
+/// Holds for shards that begin with our own [`header`], as all that we write do.
+pub(crate) fn image_range(entry: &ShardEntry, shape: [u64; 3], index: u32) -> Result<Range<u64>, String> {
+    let [height, width, channels] = shape;
+    let image_bytes = height.checked_mul(width).and_then(|pixels| pixels.checked_mul(channels));
+    let data_bytes = image_bytes.and_then(|bytes| bytes.checked_mul(entry.images));
+    if let (Some(image_bytes), Some(data_bytes), true) = (image_bytes, data_bytes, height == width)
+        && data_bytes <= entry.size_bytes
+        && channels == 3
+    {
+        let header_bytes = header(entry.images, height as u32).len() as u64;
+        if header_bytes + data_bytes == entry.size_bytes {
+            let begin = header_bytes + u64::from(index) * image_bytes;
+            return Ok(begin..begin + image_bytes);
+        }
+    }
+    let ShardEntry { file, images, size_bytes, .. } = entry;
+    Err(format!("{file} with {size_bytes} bytes is not laid out as {images} images of {shape:?}"))
 }
 
 /// SHA-256 in lower-case hex.
@@ -89,6 +111,11 @@ impl Shard {
         let at = index as usize * self.image_bytes;
         &self.pixels[at..at + self.image_bytes]
     }
+
+    /// [`Shard::image`] as a share of the shard's memory.
+    pub(crate) fn image_slice(&self, index: u32) -> Bytes {
+        self.pixels.slice_ref(self.image(index))
+    }
 }
 
 #[cfg(test)]
@@ -99,6 +126,30 @@ mod tests {
     fn data_begin_at_a_multiple_of_eight() {
         for images in [1, 9, 10, 3166, 100_000] {
             assert_eq!(header(images, 64).len() % 8, 0, "{images}");
+        }
+    }
+
+    fn entry(images: u64, size_bytes: u64) -> ShardEntry {
+        ShardEntry { file: "shard-00000.safetensors".into(), images, size_bytes, sha256: String::new() }
+    }
+
+    #[test]
+    fn images_lie_one_behind_the_other_up_to_the_end() {
+        let begin = header(3, 64).len() as u64;
+        let entry = entry(3, begin + 3 * 12_288);
+        assert_eq!(image_range(&entry, [64, 64, 3], 0).unwrap(), begin..begin + 12_288);
+        assert_eq!(image_range(&entry, [64, 64, 3], 2).unwrap().end, entry.size_bytes);
+    }
+
+    #[test]
+    fn another_layout_is_told_in_words() {
+        let sizes = [0, 3 * 12_288, u64::MAX];
+        for (entry, shape) in sizes
+            .iter()
+            .flat_map(|&size| [(entry(3, size), [64, 64, 3]), (entry(u64::MAX, size), [1 << 32, 1 << 32, 3])])
+        {
+            let words = image_range(&entry, shape, 0).unwrap_err();
+            assert!(words.contains("is not laid out as"), "{words}");
         }
     }
 }

@@ -1,5 +1,7 @@
 //! [`StoreError`]: split by what the caller can do about it.
 
+use std::time::Duration;
+
 /// Why a store did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -25,6 +27,16 @@ pub enum StoreError {
         action: &'static str,
         /// The object's URL.
         url: String,
+    },
+    /// The store took a request and stayed silent until the caller's patience ended; asking again may help.
+    #[error("cannot {action} {url}: no answer within {waited:?}; check the store and the way to it")]
+    NoAnswer {
+        /// "read", "write", "list" or "delete".
+        action: &'static str,
+        /// The object's URL.
+        url: String,
+        /// The caller's limit.
+        waited: Duration,
     },
     /// Anything else; trying again later may help.
     #[error("cannot {action} {url}: {reason}")]

@@ -2,13 +2,15 @@
 //!
 //! A [`Store`] is a folder in an object store: `file://` on this machine, `s3://` (any S3-compatible
 //! server), `gs://`, `az://`, or memory for tests. Objects are whole: small enough to read and write
-//! in one piece, visible only when complete. [`Store::create`] is the commit point: of several
+//! in one piece, visible only when complete; a part can be read alone. [`Store::create`] is the commit point: of several
 //! writers exactly one succeeds.
 //!
 //! Credentials and endpoint come from the usual `AWS_*`, `GOOGLE_*` and `AZURE_*` variables.
 
 mod error;
+mod versioned;
 
+use std::ops::Range;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
@@ -27,6 +29,7 @@ use object_store::{
 use url::Url;
 
 pub use error::StoreError;
+pub use versioned::Version;
 
 /// A request that got no answer for so long is dead; objects are at most some tens of megabytes.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -146,6 +149,15 @@ impl Store {
     pub async fn get(&self, object: &str) -> Result<Bytes, StoreError> {
         let read = async { self.objects.get(&self.path(object)).await?.bytes().await };
         read.await.map_err(|source| self.failed("read", object, source))
+    }
+
+    /// Reads a part of an object. Where the object ends inside of `range`, what there is of it is returned.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], the object ends before `range` begins, or the store does not answer.
+    pub async fn get_range(&self, object: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        let read = self.objects.get_range(&self.path(object), range).await;
+        read.map_err(|source| self.failed("read", object, source))
     }
 
     /// Reads a whole object, or `None` where there is none.
@@ -304,6 +316,10 @@ mod tests {
         store.put("a/b", "one").await.unwrap();
         store.put("a/b", "two").await.unwrap();
         assert_eq!(store.get("a/b").await.unwrap(), "two");
+        assert_eq!(store.get_range("a/b", 1..3).await.unwrap(), "wo");
+        assert_eq!(store.get_range("a/b", 2..9).await.unwrap(), "o");
+        assert!(matches!(store.get_range("a/b", 3..4).await, Err(StoreError::Failed { .. })));
+        assert!(matches!(store.get_range("a/x", 0..1).await, Err(StoreError::NotFound { .. })));
         assert_eq!(store.create("a/b", "three").await.unwrap(), Created::Exists);
         assert_eq!(store.create("a/c", "three").await.unwrap(), Created::New);
         assert_eq!(store.get("a/b").await.unwrap(), "two");

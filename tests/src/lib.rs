@@ -3,12 +3,15 @@
 //! Every process dies with its handle; every wait has a deadline.
 #![allow(clippy::unwrap_used, reason = "a harness: what fails here fails the test")]
 
+mod proxy;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+pub use proxy::Proxy;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -76,6 +79,25 @@ impl Process {
         self.child.id()
     }
 
+    /// Sends a signal by its name: "STOP", "CONT", "TERM".
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status();
+        assert!(status.unwrap().success());
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Whether it was stopped by a signal.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        // The state follows the program's name, which is in brackets.
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    }
+
     /// SIGKILL, and waits until it is gone.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
@@ -121,6 +143,16 @@ pub fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+fn lines(file: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// An address that was free a moment ago.
+fn free_address() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
 impl Cluster {
     /// A coordinator and `workers` workers of one thread each, over a local folder.
     #[must_use]
@@ -151,19 +183,72 @@ impl Cluster {
         cluster
     }
 
-    /// Starts a worker and waits until the coordinator knows it.
+    /// Starts a worker and waits until the coordinator knows it as idle.
     pub fn add_worker(&mut self, name: &str) {
-        let arguments =
-            ["--coordinator", &self.address, "--name", name, "--threads", "1", "--listen", "127.0.0.1:0"];
-        let log = self.folder.path().join(format!("{name}.log"));
-        let worker = Process::start("takuma-worker", &arguments, &self.environment, log);
-        self.workers.push((name.to_owned(), worker));
+        self.start_worker(name, &["--listen", "127.0.0.1:0"], None);
         wait_for("a worker to join", || {
             let workers = self.json(&["worker", "ls", "-o", "json"]);
             let known =
                 workers.as_array().unwrap().iter().any(|w| w["name"] == name && w["status"] == "idle");
             known.then_some(())
         });
+    }
+
+    /// Starts a worker that strikes itself at a place in a step (see the worker's `fault.rs`).
+    pub fn add_doomed_worker(&mut self, name: &str, fault: &str) {
+        self.start_worker(name, &["--listen", "127.0.0.1:0"], Some(fault));
+    }
+
+    /// Starts a worker that its neighbours reach through a proxy.
+    pub fn add_worker_behind(&mut self, name: &str, proxy: &Proxy) {
+        let listening = free_address();
+        proxy.forward_to(listening.parse().unwrap());
+        let advertised = proxy.address().to_string();
+        self.start_worker(name, &["--listen", &listening, "--advertise", &advertised], None);
+    }
+
+    fn start_worker(&mut self, name: &str, listen: &[&str], fault: Option<&str>) {
+        let mut arguments = vec!["--coordinator", &self.address, "--name", name, "--threads", "1"];
+        arguments.extend(listen);
+        let log = self.folder.path().join(format!("{name}.log"));
+        let mut environment = self.environment.clone();
+        environment.extend(fault.map(|fault| ("TAKUMA_FAULT", fault.to_owned())));
+        let worker = Process::start("takuma-worker", &arguments, &environment, log);
+        self.workers.retain(|(known, _)| known != name);
+        self.workers.push((name.to_owned(), worker));
+    }
+
+    /// Kills the coordinator, and starts another on the same address and store after `pause`.
+    pub fn restart_coordinator(&mut self, pause: Duration) {
+        self.coordinator.kill();
+        // The time without a coordinator is what the test is about.
+        std::thread::sleep(pause);
+        let file = self.folder.path().join("coordinator.address");
+        std::fs::remove_file(&file).unwrap();
+        let listen = self.address.trim_start_matches("http://").to_owned();
+        let arguments =
+            ["--listen", &listen, "--store", &self.store, "--address-file", file.to_str().unwrap()];
+        let log = self.folder.path().join("coordinator-again.log");
+        self.coordinator = Process::start("takuma-coordinator", &arguments, &self.environment, log);
+        let _address = self.coordinator.address(&file);
+    }
+
+    /// The events of a run that lie in the store.
+    #[must_use]
+    pub fn events(&self, run: &str) -> Vec<Value> {
+        lines(&self.path(&format!("store/runs/{run}/events.jsonl")))
+    }
+
+    /// The metrics of a run that lie in the store.
+    #[must_use]
+    pub fn metrics(&self, run: &str) -> Vec<Value> {
+        lines(&self.path(&format!("store/runs/{run}/metrics.jsonl")))
+    }
+
+    /// Workers that were started and not replaced.
+    #[must_use]
+    pub fn worker_count(&self) -> usize {
+        self.workers.len()
     }
 
     /// A worker's process.
@@ -238,7 +323,9 @@ impl Cluster {
     #[must_use]
     pub fn dataset(&self, images: u32) -> String {
         let url = format!("{}/datasets/faces-{images}", self.store);
-        let _report = self.ok(&["dataset", "synth", &url, "--count", &images.to_string()]);
+        if !self.takuma(&["dataset", "inspect", &url]).status.success() {
+            let _report = self.ok(&["dataset", "synth", &url, "--count", &images.to_string()]);
+        }
         url
     }
 

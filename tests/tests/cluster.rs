@@ -93,43 +93,6 @@ fn stopped_and_resumed_run_ends_with_the_same_weights() {
 }
 
 #[test]
-fn killed_worker_ends_the_run_by_name_and_resume_goes_on() {
-    let mut cluster = Cluster::start(2);
-    let data = cluster.dataset(256);
-    let _printed = cluster.ok(&[
-        "run",
-        "submit",
-        "dcgan-tiny",
-        "--data",
-        &data,
-        "--steps",
-        "60",
-        "--checkpoint-every",
-        "5",
-        "--name",
-        "doomed",
-        "-y",
-        "-d",
-    ]);
-    cluster.wait_for_step("doomed", 8);
-    cluster.worker("worker-2").kill();
-    let waited = cluster.takuma(&["run", "wait", "doomed"]);
-    assert_eq!(waited.status.code(), Some(1));
-    let view = cluster.json(&["run", "show", "doomed", "-o", "json"]);
-    let error = view["error"].as_str().unwrap();
-    assert_eq!(view["status"], "failed");
-    assert!(error.contains("worker-2") && error.contains("takuma run resume doomed"), "{error}");
-    cluster.add_worker("worker-3");
-    let _printed = cluster.ok(&["run", "resume", "doomed", "-d"]);
-    let _printed = cluster.ok(&["run", "wait", "doomed"]);
-    let steps: Vec<u64> = metrics(&cluster.path("store/runs/doomed"))
-        .iter()
-        .map(|line| line["step"].as_u64().unwrap())
-        .collect();
-    assert_eq!(steps, (1..=60).collect::<Vec<_>>(), "every step once, in order");
-}
-
-#[test]
 fn a_second_run_waits_for_the_first() {
     let cluster = Cluster::start(1);
     let data = cluster.dataset(256);

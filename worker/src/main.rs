@@ -38,8 +38,8 @@ struct Args {
     /// Where this worker listens for its neighbours in the ring.
     #[arg(long, env = "TAKUMA_LISTEN", default_value = "0.0.0.0:0")]
     listen: String,
-    /// Host under which the neighbours reach it; by default the local address of the connection to
-    /// the coordinator.
+    /// HOST or HOST:PORT where the neighbours reach it; by default the local address of the connection
+    /// to the coordinator, and the port that it listens on.
     #[arg(long, env = "TAKUMA_ADVERTISE")]
     advertise: Option<String>,
     /// How log lines look.

@@ -1,6 +1,7 @@
 //! Safe face of the C++ shim (`worker/torch/`): what takuma needs of libtorch and tch lacks.
 //!
-//! The only file with `unsafe` calls into the shim. Everything here runs on the trainer's thread.
+//! The only file with `unsafe` calls into the shim. Everything here runs on the trainer's thread
+//! or on the threads of its lanes, no tensor on two of them at once.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Arc;
@@ -23,10 +24,21 @@ pub trait SumReducer: Send + Sync + 'static {
     fn sum(&self, values: &mut [f64]) -> bool;
 }
 
-/// Receives each parameter's gradient when it is complete; `false` ends the backward pass.
+/// What became of a gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gradient {
+    /// It stays with its parameter.
+    Left,
+    /// It was copied, and its memory may be used again.
+    Taken,
+    /// It could not be passed on: the backward pass must end.
+    Failed,
+}
+
+/// Receives each parameter's gradient when it is complete.
 pub trait GradientSink: Send + Sync + 'static {
     /// Called on the thread that runs backward, in the order in which gradients are ready.
-    fn gradient_ready(&self, index: usize, gradient: &Tensor) -> bool;
+    fn gradient_ready(&self, index: usize, gradient: &Tensor) -> Gradient;
 }
 
 /// Options of [`batch_norm`].
@@ -155,6 +167,21 @@ pub fn clear_gradients(params: &[&Tensor]) -> Result<(), TorchError> {
     unsafe { check("clear_gradients", ffi::takuma_clear_gradients(params.as_ptr(), params.len())) }
 }
 
+/// The first of `tensors` with a value that is infinite or not a number. Dense f32 or f64 tensors, read
+/// once, in the order of memory.
+///
+/// # Errors
+/// libtorch's, for other tensors.
+pub fn first_not_finite(tensors: &[&Tensor]) -> Result<Option<usize>, TorchError> {
+    let tensors: Vec<_> = tensors.iter().map(|tensor| raw(tensor)).collect();
+    let mut found = tensors.len();
+    // SAFETY: borrowed tensors, borrowed for the call; `found` is written during it.
+    unsafe {
+        check("first_not_finite", ffi::takuma_first_not_finite(tensors.as_ptr(), tensors.len(), &mut found))?;
+    }
+    Ok((found < tensors.len()).then_some(found))
+}
+
 /// The tensors that one Adam step reads and writes, all of equal length and order.
 pub struct AdamTensors<'a> {
     /// Updated.
@@ -224,6 +251,19 @@ pub fn configure(threads: u32) {
     unsafe { ffi::takuma_flush_denormals() };
 }
 
+/// Libtorch's compute threads, as set for the calling thread.
+#[must_use]
+pub fn compute_threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
+}
+
+/// From here on libtorch computes on the calling thread alone what this thread asks for: one order of
+/// every sum, whatever the process' number of threads. Other threads are not touched.
+pub fn compute_on_this_thread_alone() {
+    // SAFETY: sets the calling thread's own limits.
+    unsafe { ffi::takuma_compute_on_this_thread_alone() }
+}
+
 fn raw(tensor: &Tensor) -> ffi::RawTensor {
     tensor.as_ptr().cast_mut().cast()
 }
@@ -243,19 +283,16 @@ unsafe fn check(operation: &'static str, message: *mut c_char) -> Result<(), Tor
     Err(TorchError { operation, message: text })
 }
 
-/// Runs a callback; neither a failure nor a panic may cross into C++.
-fn code(body: impl FnOnce() -> bool) -> i32 {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) {
-        Ok(true) => 0,
-        Ok(false) | Err(_) => 1,
-    }
+/// Runs a callback; no panic may cross into C++.
+fn caught<T>(on_panic: T, body: impl FnOnce() -> T) -> T {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(on_panic)
 }
 
 unsafe extern "C" fn call_reducer(context: *mut c_void, values: *mut f64, len: usize) -> i32 {
     // SAFETY: context is the boxed Arc that batch_norm gave away; values has len doubles.
     let (reducer, values) =
         unsafe { (&*context.cast::<Arc<dyn SumReducer>>(), std::slice::from_raw_parts_mut(values, len)) };
-    code(|| reducer.sum(values))
+    i32::from(!caught(false, || reducer.sum(values)))
 }
 
 unsafe extern "C" fn call_sink(context: *mut c_void, index: usize, gradient: *mut c_void) -> i32 {
@@ -263,7 +300,11 @@ unsafe extern "C" fn call_sink(context: *mut c_void, index: usize, gradient: *mu
     // lives through the call, of which we take a reference of our own.
     let (sink, gradient) =
         unsafe { (&*context.cast::<Arc<dyn GradientSink>>(), Tensor::clone_from_ptr(gradient.cast())) };
-    code(|| sink.gradient_ready(index, &gradient))
+    match caught(Gradient::Failed, || sink.gradient_ready(index, &gradient)) {
+        Gradient::Left => ffi::GRADIENT_LEFT,
+        Gradient::Taken => ffi::GRADIENT_TAKEN,
+        Gradient::Failed => ffi::GRADIENT_FAILED,
+    }
 }
 
 unsafe extern "C" fn drop_boxed<T: ?Sized>(context: *mut c_void) {
@@ -275,6 +316,10 @@ mod ffi {
     use super::{c_char, c_void};
 
     pub type RawTensor = *mut c_void;
+
+    pub const GRADIENT_LEFT: i32 = 0;
+    pub const GRADIENT_TAKEN: i32 = 1;
+    pub const GRADIENT_FAILED: i32 = 2;
 
     #[repr(C)]
     pub struct Reducer {
@@ -302,6 +347,7 @@ mod ffi {
     unsafe extern "C" {
         pub fn takuma_free_error(message: *mut c_char);
         pub fn takuma_flush_denormals();
+        pub fn takuma_compute_on_this_thread_alone();
         pub fn takuma_backward(loss: RawTensor, inputs: *const RawTensor, n: usize) -> *mut c_char;
         pub fn takuma_set_gradient_hook(
             parameter: RawTensor,
@@ -309,6 +355,8 @@ mod ffi {
             sink: GradientSink,
         ) -> *mut c_char;
         pub fn takuma_clear_gradients(params: *const RawTensor, n: usize) -> *mut c_char;
+        pub fn takuma_first_not_finite(tensors: *const RawTensor, n: usize, found: *mut usize)
+        -> *mut c_char;
         pub fn takuma_batch_norm(
             x: RawTensor,
             weight: RawTensor,

@@ -5,14 +5,11 @@
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
 use std::path::Path;
-use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use takuma_core::config::{Recipe, RunConfig};
-use takuma_core::ids::Generation;
-use takuma_worker::collective::Loopback;
 use takuma_worker::model::{Network, NormUpdates, Pass};
-use takuma_worker::recipe::{Batch, Dcgan, DcganState};
+use takuma_worker::recipe::{Batch, Dcgan, DcganState, Phase, PhaseSums};
 use takuma_worker::trainer::Exchange;
 use tch::{Kind, Tensor};
 
@@ -74,7 +71,8 @@ impl Fixture {
 
     fn batch(&self, kind: Kind) -> Batch {
         let reals = self.tensor("reals").to_kind(kind) / 127.5 - 1.0;
-        Batch { reals_nchw: reals.permute([0, 3, 1, 2]), noise_nz: self.tensor("z").to_kind(kind) }
+        let noise_nz = self.tensor("z").to_kind(kind);
+        Batch { reals_nchw: reals.permute([0, 3, 1, 2]), noise_nz, fed: 0 }
     }
 }
 
@@ -86,8 +84,8 @@ fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
     ((ours - theirs).abs() / scale).max().double_value(&[])
 }
 
-fn alone() -> Arc<Exchange> {
-    Exchange::new(Box::new(Loopback::new(Generation(1))))
+fn iterate(net: &mut Dcgan, batch: &Batch) -> [PhaseSums; 3] {
+    Phase::ALL.map(|phase| net.phase(batch, phase, &mut []).unwrap())
 }
 
 #[test]
@@ -120,15 +118,13 @@ fn one_iteration_equals_pytorch() {
     let batch = fixture.batch(Kind::Double);
     let mut config = RunConfig::new(Recipe::DcganTiny, "file:///fixture");
     config.global_batch = batch.noise_nz.size()[0] as u32;
-    let mut net = Dcgan::new(&config, fixture.state(Kind::Double), &alone()).unwrap();
-    let sums = net.iterate(&batch, |_| {}).unwrap();
-    for (name, ours) in
-        [("loss.d", sums.d_loss), ("loss.g1", sums.g_losses[0]), ("loss.g2", sums.g_losses[1])]
-    {
+    let mut net = Dcgan::new(&config, fixture.state(Kind::Double), &Exchange::new());
+    let sums = iterate(&mut net, &batch);
+    for (name, ours) in [("loss.d", sums[0].loss), ("loss.g1", sums[1].loss), ("loss.g2", sums[2].loss)] {
         let theirs = fixture.scalar(name);
         assert!((ours - theirs).abs() < TOLERANCE, "{name} is {ours}, not {theirs}");
     }
-    let d_acc = sums.d_right / (2.0 * f64::from(config.global_batch));
+    let d_acc = sums[0].right / (2.0 * f64::from(config.global_batch));
     assert!((d_acc - fixture.scalar("d_acc")).abs() < 1e-6);
     check_final(&fixture, &net.state().generator, "final.g");
     check_final(&fixture, &net.state().discriminator, "final.d");
@@ -149,11 +145,9 @@ fn losses_in_float_equal_pytorch() {
     let batch = fixture.batch(Kind::Float);
     let mut config = RunConfig::new(Recipe::DcganTiny, "file:///fixture");
     config.global_batch = batch.noise_nz.size()[0] as u32;
-    let mut net = Dcgan::new(&config, fixture.state(Kind::Float), &alone()).unwrap();
-    let sums = net.iterate(&batch, |_| {}).unwrap();
-    for (name, ours) in
-        [("loss.d", sums.d_loss), ("loss.g1", sums.g_losses[0]), ("loss.g2", sums.g_losses[1])]
-    {
+    let mut net = Dcgan::new(&config, fixture.state(Kind::Float), &Exchange::new());
+    let sums = iterate(&mut net, &batch);
+    for (name, ours) in [("loss.d", sums[0].loss), ("loss.g1", sums[1].loss), ("loss.g2", sums[2].loss)] {
         let theirs = fixture.scalar(name);
         assert!((ours - theirs).abs() < TOLERANCE * theirs.abs().max(1.0), "{name} is {ours}, not {theirs}");
     }

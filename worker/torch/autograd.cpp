@@ -1,7 +1,9 @@
-// Selective backward, gradient hooks, fused Adam, denormals.
+// Selective backward, gradient hooks, fused Adam, threads, denormals.
 #include "shim.h"
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <omp.h>
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/leaky_relu.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -10,6 +12,9 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "guard.h"
+
+// Of the MKL inside libtorch; NULL in builds without it.
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 
 namespace {
 
@@ -22,8 +27,16 @@ class GradientHook : public torch::autograd::PostAccumulateGradHook {
 
   void operator()(const torch::autograd::Variable &parameter) override {
     at::Tensor gradient = parameter.grad();
-    if (sink_.call(sink_.context, index_, &gradient) != 0)
-      throw std::runtime_error("the gradient exchange failed");
+    switch (sink_.call(sink_.context, index_, &gradient)) {
+      case TAKUMA_GRADIENT_LEFT:
+        return;
+      case TAKUMA_GRADIENT_TAKEN:
+        // Its memory is warm in the cache: the next gradient should get it.
+        parameter.mutable_grad().reset();
+        return;
+      default:
+        throw std::runtime_error("the gradient exchange failed");
+    }
   }
 
  private:
@@ -38,6 +51,17 @@ extern "C" {
 void takuma_free_error(char *message) { free(message); }
 
 void takuma_flush_denormals(void) { at::globalContext().setFlushDenormal(true); }
+
+void takuma_compute_on_this_thread_alone(void) {
+  // libtorch sets a thread's limits to the process' when the thread first asks; let it do so before. It
+  // remembers that twice: inside the library, and in the inline functions that this file has of it.
+  at::get_num_threads();
+  at::internal::lazy_init_num_threads();
+  // OpenMP (libtorch's loops, oneDNN) and MKL each keep a limit per thread. at::set_num_threads would set
+  // the process' too.
+  omp_set_num_threads(1);
+  if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
+}
 
 char *takuma_backward(tensor loss, const tensor *inputs, size_t n_inputs) {
   return guarded([&] {

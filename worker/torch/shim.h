@@ -30,8 +30,15 @@ void takuma_flush_denormals(void);
 // PyTorch: torch.autograd.backward(loss, inputs=inputs).
 char *takuma_backward(tensor loss, const tensor *inputs, size_t n_inputs);
 
-// A Rust closure that is given a parameter's finished gradient, borrowed. `call` returns 0 on
-// success; `drop` is called once, when the hook's tensor is gone.
+// Kernels that the calling thread asks for run on it alone, from here on. Other threads keep theirs.
+void takuma_compute_on_this_thread_alone(void);
+
+// What a sink did with a gradient: left it with its parameter; copied it, so that it can be freed; failed,
+// which ends backward.
+enum { TAKUMA_GRADIENT_LEFT = 0, TAKUMA_GRADIENT_TAKEN = 1, TAKUMA_GRADIENT_FAILED = 2 };
+
+// A Rust closure that is given a parameter's finished gradient, borrowed, and returns one of the above.
+// `drop` is called once, when the hook's tensor is gone.
 typedef struct {
   void *context;
   int (*call)(void *context, size_t index, tensor gradient);
@@ -68,6 +75,10 @@ char *takuma_batch_norm(tensor x, tensor weight, tensor bias,
 //   y       given away: as x
 // PyTorch: torch.nn.functional.leaky_relu.
 char *takuma_leaky_relu(tensor x, double slope, tensor *y);
+
+// Writes to `found` the index of the first tensor with an infinite value or a NaN, or `n` if there is
+// none. Float or double tensors without gaps in memory.
+char *takuma_first_not_finite(const tensor *tensors, size_t n, size_t *found);
 
 // One Adam step over all parameters in one call. `steps` are float scalars and count up here.
 // PyTorch: torch.optim.Adam(fused=True), at::_fused_adam_.

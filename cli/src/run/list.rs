@@ -31,7 +31,7 @@ pub(super) async fn ls(client: &Client, format: Format) -> Result<Exit, CliError
 
 fn table(runs: &[RunView], format: Format, now_unix_s: f64) -> Table {
     let short = ["NAME", "STATUS", "PROGRESS", "ETA", "WORKERS", "IT/S", "AGE"];
-    let more = ["RECIPE", "BATCH", "D_LOSS", "G_LOSS", "CHECKPOINT", "DATA"];
+    let more = ["RECIPE", "BATCH", "D_LOSS", "G_LOSS", "CHECKPOINT", "WAITS FOR", "DATA"];
     let wide = format == Format::Wide;
     let headers: Vec<_> = short.into_iter().chain(more.into_iter().filter(|_| wide)).collect();
     let mut table = Table::new(&headers);
@@ -56,6 +56,7 @@ fn table(runs: &[RunView], format: Format, now_unix_s: f64) -> Table {
                 number(run.d_loss),
                 number(run.g_loss),
                 plain(checkpoint),
+                plain(run.waiting_for.clone()),
                 plain(run.data.clone()),
             ]);
         }
@@ -67,7 +68,11 @@ fn table(runs: &[RunView], format: Format, now_unix_s: f64) -> Table {
 fn tone(status: RunStatus) -> Tone {
     match status {
         RunStatus::Running | RunStatus::Succeeded => Tone::Good,
-        RunStatus::Queued | RunStatus::Preparing | RunStatus::Stopping | RunStatus::Stopped => Tone::Warning,
+        RunStatus::Queued
+        | RunStatus::Preparing
+        | RunStatus::Stopping
+        | RunStatus::Stopped
+        | RunStatus::Waiting => Tone::Warning,
         RunStatus::Failed => Tone::Bad,
         RunStatus::Unspecified => Tone::Faint,
     }
@@ -95,6 +100,11 @@ fn details(run: &RunView, format: Format) -> Vec<(&'static str, String, Tone)> {
         ("error", run.error.clone(), Tone::Bad),
         plain("waits", progress::waiting(run).unwrap_or_default()),
         plain("recipe", run.recipe.clone()),
+        plain("forked from", run.origin.clone()),
+        plain(
+            "exact",
+            if run.exact { "the same bits whatever workers train".to_owned() } else { String::new() },
+        ),
         plain("progress", format!("{}, epoch {}", progress::position(run), run.epoch + 1)),
         plain("pace", progress::pace(run)),
         plain("images/s", run.images_per_s.map_or_else(String::new, |speed| format!("{speed:.0}"))),

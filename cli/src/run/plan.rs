@@ -17,7 +17,7 @@ pub fn describe(config: &RunConfig, plan: &Plan) -> Vec<String> {
         None => "known after the first steps (no such run was measured yet)".to_owned(),
     };
     let line = |key: &str, value: String| format!("  {key:<12}{value}");
-    vec![
+    let mut lines = vec![
         line("recipe", config.recipe.to_string()),
         line(
             "data",
@@ -41,14 +41,24 @@ pub fn describe(config: &RunConfig, plan: &Plan) -> Vec<String> {
         ),
         line("ETA", eta),
         line("start", start(plan)),
-    ]
+    ];
+    if config.exact {
+        let lanes = count(config.lanes.into(), "lane");
+        let most = count(config.lanes.into(), "worker");
+        let exact = line("exact", format!("{lanes}: the same bits whatever workers train, {most} at most"));
+        lines.insert(5, exact);
+    }
+    lines
 }
 
 fn start(plan: &Plan) -> String {
     if plan.runs_ahead > 0 {
         format!("after {} in the queue", count(plan.runs_ahead.into(), "run"))
     } else if plan.workers_idle < plan.workers.max(1) {
-        format!("when {} are idle", count(plan.workers.max(1).into(), "worker"))
+        match plan.workers {
+            0 | 1 => "when a worker is idle".to_owned(),
+            workers => format!("when {} are idle", count(workers.into(), "worker")),
+        }
     } else {
         "at once".to_owned()
     }
@@ -82,8 +92,20 @@ mod tests {
     }
 
     #[test]
+    fn exact_mode_names_its_lanes_and_what_they_bound() {
+        let mut config = RunConfig::new(Recipe::DcganTiny, "file:///d");
+        config.exact = true;
+        let text = describe(&config, &plan()).join("\n");
+        assert!(
+            text.contains("exact       8 lanes: the same bits whatever workers train, 8 workers at most"),
+            "{text}"
+        );
+    }
+
+    #[test]
     fn start_says_what_comes_before() {
         assert_eq!(start(&Plan { runs_ahead: 1, ..plan() }), "after 1 run in the queue");
         assert_eq!(start(&Plan { workers_idle: 1, ..plan() }), "when 3 workers are idle");
+        assert_eq!(start(&Plan { workers: 1, workers_idle: 0, ..plan() }), "when a worker is idle");
     }
 }

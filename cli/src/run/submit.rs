@@ -25,6 +25,7 @@ Examples:
   takuma run submit dcgan-celeba --data ./celeba                     two epochs, asks before it starts
   takuma run submit dcgan-celeba --data s3://b/celeba --steps 300 --wait -y
   takuma run submit dcgan-tiny --data ./faces --set learning_rate=0.0001 --dry-run
+  takuma run submit dcgan-tiny --data ./faces --exact --set lanes=4 -y
   takuma run submit --config run.toml -d -y
 
 Settings: --config FILE < TAKUMA_RUN_* variables < flags < --set; see docs/configuration.md.
@@ -59,12 +60,22 @@ pub(super) struct SubmitArgs {
     /// Whose statistics normalise a batch: all workers' (sync) or each its own (local) [default: sync]
     #[arg(long, value_name = "MODE", value_enum)]
     batch_norm: Option<BatchNormFlag>,
+    /// The same bits whatever workers train and whatever fails; --set lanes=N parts the batch [default: 8]
+    #[arg(long)]
+    exact: bool,
     /// Any setting by its key; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Settings from a TOML file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    launch: LaunchArgs,
+}
+
+/// How a run is begun, whatever it begins from.
+#[derive(Debug, clap::Args)]
+pub(super) struct LaunchArgs {
     /// The run's name [default: a memorable one]
     #[arg(long)]
     name: Option<String>,
@@ -130,36 +141,84 @@ impl SubmitArgs {
                 layer.insert(key, number.into(), &number.to_string())?;
             }
         }
+        if self.exact {
+            layer.insert("exact", true.into(), "true")?;
+        }
         Ok(layer)
     }
 }
 
 pub(super) async fn submit(args: SubmitArgs, at: &CoordinatorArgs) -> Result<Exit, CliError> {
     let config = args.config()?;
-    let name = args.name.clone().unwrap_or_default();
-    if !args.yes && !args.dry_run && !can_ask() {
-        return Err(CliError::Usage(
+    args.launch.check_terminal()?;
+    let (client, _) = Client::connect(at.address()?).await?;
+    args.launch.launch(&client, &config, Origin::default()).await
+}
+
+/// The checkpoint that a run starts from; by default none.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Origin {
+    pub run: String,
+    pub step: u64,
+}
+
+impl LaunchArgs {
+    /// Whether the question can be asked, before anything is done.
+    pub(super) fn check_terminal(&self) -> Result<(), CliError> {
+        if self.yes || self.dry_run || can_ask() {
+            return Ok(());
+        }
+        Err(CliError::Usage(
             "there is no terminal to ask on; add -y to start the run, or --dry-run to only see the plan"
                 .to_owned(),
-        ));
+        ))
     }
-    let (client, _) = Client::connect(at.address()?).await?;
-    let (_, plan) = submit_config(&client, &config, &name, true).await?;
-    if args.dry_run {
-        return print_dry_run(&config, &plan, args.output.format);
+
+    /// Shows the plan, asks, submits and follows, as the arguments say.
+    pub(super) async fn launch(
+        &self,
+        client: &Client,
+        config: &RunConfig,
+        origin: Origin,
+    ) -> Result<Exit, CliError> {
+        let request = |dry_run: bool| SubmitRunRequest {
+            origin_run: origin.run.clone(),
+            origin_step: origin.step,
+            ..request(config, self.name.as_deref().unwrap_or_default(), dry_run)
+        };
+        let (_, plan) = send(client, request(true)).await?;
+        if self.dry_run {
+            return print_dry_run(config, &plan, self.output.format);
+        }
+        for line in plan::describe(config, &plan) {
+            output::message(&output::visible(&line));
+        }
+        if !origin.run.is_empty() {
+            output::message(&output::visible(&format!(
+                "  {:<12}the checkpoint {}@{}",
+                "from", origin.run, origin.step
+            )));
+        }
+        if !self.yes && !ask("start this run?").await? {
+            return Err(CliError::failed("nothing was started"));
+        }
+        let (run, _) = send(client, request(false)).await?;
+        if self.detach {
+            return detached(&run, self.output.format);
+        }
+        output::message(&format!("run {} is submitted; Ctrl-C detaches, the run goes on", run.name));
+        follow_to_end(client, &run.name, self.output.format, self.wait).await
     }
-    for line in plan::describe(&config, &plan) {
-        output::message(&output::visible(&line));
+}
+
+fn request(config: &RunConfig, name: &str, dry_run: bool) -> SubmitRunRequest {
+    SubmitRunRequest {
+        protocol_version: PROTOCOL_VERSION,
+        config_json: config.to_json(),
+        name: name.to_owned(),
+        dry_run,
+        ..SubmitRunRequest::default()
     }
-    if !args.yes && !ask("start this run?").await? {
-        return Err(CliError::failed("nothing was started"));
-    }
-    let (run, _) = submit_config(&client, &config, &name, false).await?;
-    if args.detach {
-        return detached(&run, args.output.format);
-    }
-    output::message(&format!("run {} is submitted; Ctrl-C detaches, the run goes on", run.name));
-    follow_to_end(&client, &run.name, args.output.format, args.wait).await
 }
 
 /// Sends a configuration to the coordinator; with `dry_run` only to be checked and planned.
@@ -172,12 +231,10 @@ pub async fn submit_config(
     name: &str,
     dry_run: bool,
 ) -> Result<(RunView, Plan), CliError> {
-    let request = SubmitRunRequest {
-        protocol_version: PROTOCOL_VERSION,
-        config_json: config.to_json(),
-        name: name.to_owned(),
-        dry_run,
-    };
+    send(client, request(config, name, dry_run)).await
+}
+
+async fn send(client: &Client, request: SubmitRunRequest) -> Result<(RunView, Plan), CliError> {
     let reply = client.call(client.control().submit_run(request)).await?;
     match (reply.run, reply.plan) {
         (Some(run), Some(plan)) => Ok((run, plan)),

@@ -1,6 +1,7 @@
 //! A coordinator that only pretends, and the program under test beside it.
 
 #![allow(clippy::unwrap_used)] // All of this is a test's, though no single function is one.
+#![allow(dead_code)] // Each test program uses its part.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -24,6 +25,10 @@ pub struct Script {
     /// The run of every call.
     pub run: RunView,
     pub workers: Vec<WorkerView>,
+    /// What the workers are at the first calls; after those, `workers`.
+    pub workers_before: Vec<Vec<WorkerView>>,
+    pub drained: Vec<String>,
+    pub checkpoints: Vec<CheckpointView>,
     pub samples: Vec<SampleView>,
     pub has_plot: bool,
     pub objects: HashMap<String, Vec<u8>>,
@@ -117,6 +122,11 @@ pub fn run_view(status: RunStatus, step: u64) -> RunView {
     }
 }
 
+/// A checkpoint in a list.
+pub fn checkpoint(step: u64) -> CheckpointView {
+    CheckpointView { step, size_bytes: 7, url: "file:///c".into(), ..CheckpointView::default() }
+}
+
 /// The updates of these states.
 pub fn updates(states: &[(RunStatus, u64)]) -> Vec<RunUpdate> {
     states
@@ -144,7 +154,23 @@ impl Control for Fake {
         &self,
         _: Request<ListWorkersRequest>,
     ) -> Result<Response<ListWorkersReply>, Status> {
-        Ok(Response::new(ListWorkersReply { workers: self.script.lock().unwrap().workers.clone() }))
+        let mut script = self.script.lock().unwrap();
+        let before =
+            if script.workers_before.is_empty() { None } else { Some(script.workers_before.remove(0)) };
+        let workers = before.unwrap_or_else(|| script.workers.clone());
+        Ok(Response::new(ListWorkersReply { workers }))
+    }
+
+    async fn drain_worker(
+        &self,
+        request: Request<DrainWorkerRequest>,
+    ) -> Result<Response<DrainWorkerReply>, Status> {
+        let worker = request.into_inner().worker;
+        if worker == "nobody" {
+            return Err(Status::not_found("there is no worker 'nobody'; 'takuma worker ls' lists them"));
+        }
+        self.script.lock().unwrap().drained.push(worker);
+        Ok(Response::new(DrainWorkerReply {}))
     }
 
     async fn submit_run(
@@ -238,8 +264,7 @@ impl Control for Fake {
         &self,
         _: Request<ListCheckpointsRequest>,
     ) -> Result<Response<ListCheckpointsReply>, Status> {
-        let checkpoint =
-            CheckpointView { step: 5, size_bytes: 7, url: "file:///c".into(), ..CheckpointView::default() };
-        Ok(Response::new(ListCheckpointsReply { checkpoints: vec![checkpoint] }))
+        let checkpoints = self.script.lock().unwrap().checkpoints.clone();
+        Ok(Response::new(ListCheckpointsReply { checkpoints }))
     }
 }

@@ -7,11 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::event::{Action, Directive, Event, Fence, Hello, Refusal, RunEvent, SessionId};
-use crate::ids::Generation;
+use crate::losses::Loss;
 use crate::membership::{MAX_WORKERS, Membership, Worker};
 use crate::names;
 use crate::record::RunStatus;
-use crate::run::{Attempt, Run, Stage};
+use crate::run::{Group, Member, Run, Stage};
 use crate::time::Timestamp;
 
 /// The clock may be so late for a deadline before the coordinator counts as having slept itself.
@@ -22,8 +22,16 @@ const OVERSLEPT_MS: u64 = 1_000;
 pub struct Options {
     /// A worker that is silent for so long is lost. Ten times the interval of its heartbeats.
     pub heartbeat_timeout_ms: u64,
-    /// After a survivor reported a broken link: wait so long for news of the culprit.
-    pub peer_lost_grace_ms: u64,
+    /// When its peers report a broken link, a member that is silent for so long is the culprit.
+    pub silence_ms: u64,
+    /// After a report of a broken link: wait so long for news of the culprit.
+    pub link_grace_ms: u64,
+    /// A member whose session broke may come back within so long, as long as its peers do not miss it.
+    pub reconnect_grace_ms: u64,
+    /// After a restart: members of the group that was at work may come back within so long.
+    pub reunion_ms: u64,
+    /// A worker to which links broke twice gets no work for so long.
+    pub rest_ms: u64,
     /// A member whose step and phase do not change for so long is stuck. Loading shards from a distant
     /// store takes minutes, a step on a slow machine tens of seconds.
     pub progress_timeout_ms: u64,
@@ -39,7 +47,12 @@ impl Options {
     pub fn new(store_url: impl Into<String>, version: impl Into<String>) -> Self {
         Self {
             heartbeat_timeout_ms: 5_000,
-            peer_lost_grace_ms: 2_000,
+            silence_ms: 1_200,
+            link_grace_ms: 400,
+            reconnect_grace_ms: 1_500,
+            // Workers come back with pauses of up to ten seconds after a long outage.
+            reunion_ms: 15_000,
+            rest_ms: 10_000,
             progress_timeout_ms: 600_000,
             store_url: store_url.into(),
             version: version.into(),
@@ -104,10 +117,18 @@ impl Cluster {
     pub fn next_deadline(&self) -> Option<Timestamp> {
         let silence = |worker: &Worker| worker.heard.plus_ms(self.options.heartbeat_timeout_ms + 1);
         let silent = self.members.iter().map(|(_, worker)| silence(worker)).min();
-        let attempt = self.active_run().and_then(|run| run.attempt.as_ref());
-        let suspicion = attempt.and_then(|attempt| self.suspicion_deadline(attempt));
-        let stuck = attempt.and_then(|attempt| self.stuck_members(attempt).map(|(_, at)| at).min());
-        [silent, suspicion, stuck].into_iter().flatten().min()
+        let rested = self.members.next_rested(self.now);
+        let run = self.active_run();
+        let reunion = run.and_then(|run| run.reunion.as_ref()).map(|reunion| reunion.until);
+        let group = run.and_then(|run| run.group.as_ref());
+        let suspicion = group.and_then(|group| group.suspicion.as_ref()).map(|suspicion| suspicion.until);
+        // Nothing is decided while the next group waits for the store.
+        let settles = run.is_some_and(|run| run.regroup_when_saved.is_none());
+        let suspicion = suspicion.filter(|_| settles);
+        let away = run.and_then(|run| self.return_deadline(run)).filter(|_| settles);
+        let stuck = group.and_then(|group| self.stuck_members(group).map(|(_, at)| at).min());
+        let change = run.and_then(|run| self.change_deadline(run));
+        [silent, rested, reunion, suspicion, away, stuck, change].into_iter().flatten().min()
     }
 
     fn dispatch(&mut self, event: Event) {
@@ -127,19 +148,21 @@ impl Cluster {
             Event::CheckpointUploaded { session, upload } => self.on_upload(session, upload),
             Event::MemberEnded { session, end } => self.on_member_ended(session, end),
             Event::MemberFailed { session, failure } => self.on_member_failed(session, failure),
-            Event::WorkerLeft { session, reason } => {
-                self.lose(session, &format!("it left ({reason})"));
-                self.out.push(Action::CloseSession { session, reason: "it said goodbye".to_owned() });
-            }
-            Event::SessionEnded { session, reason } => self.lose(session, &reason),
+            Event::GroupFormed { session, formed } => self.on_formed(session, &formed),
+            Event::WorkerLeaves { session, reason, at_once } => self.on_leaving(session, &reason, at_once),
+            Event::SessionEnded { session, reason } => self.lose(session, &reason, Loss::MayReturn),
             Event::RunSubmitted { request, submission } => self.on_submitted(request, submission),
             Event::StopRequested { request, run } => self.on_stop(request, &run),
             Event::ResumeRequested { request, run, dataset } => self.on_resume(request, &run, &dataset),
-            Event::RunRecovered { record, checkpoint } => self.on_recovered(*record, checkpoint),
+            Event::DrainRequested { request, worker } => self.on_drain(request, &worker),
+            Event::RunRecovered { record, checkpoint, stored } => {
+                self.on_recovered(*record, checkpoint, stored);
+            }
             Event::NameReserved { run } => {
                 self.reserved.insert(run);
             }
-            Event::RunSaved { fence, outcome } => self.on_saved(&fence, outcome),
+            Event::RunSaved { fence, reserved, outcome } => self.on_saved(&fence, reserved, outcome),
+            Event::MetricsStored { run, step, lineage } => self.on_metrics_stored(&run, step, lineage),
             Event::CheckpointSettled { fence, mark, outcome } => {
                 self.on_checkpoint_settled(&fence, mark, outcome)
             }
@@ -162,7 +185,9 @@ impl Cluster {
             return self.out.push(Action::RefuseWorker { session, refusal });
         }
         if let Some(older) = self.members.session_of_process(&hello.process_id) {
-            self.lose(older, "it connected anew");
+            // Without a claim it has given its place up.
+            let loss = if hello.membership.is_some() { Loss::MayReturn } else { Loss::ForGood };
+            self.lose(older, "it connected anew", loss);
             self.out.push(Action::CloseSession {
                 session: older,
                 reason: "the worker connected anew".to_owned(),
@@ -173,34 +198,22 @@ impl Cluster {
                 Refusal::Exhausted(format!("{MAX_WORKERS} workers are connected, and more are not taken"));
             return self.out.push(Action::RefuseWorker { session, refusal });
         }
+        let claim = hello.membership.clone();
         let name = self.members.join(self.now, session, hello);
         self.out.push(Action::WelcomeWorker { session, name });
+        if let Some(claim) = claim {
+            self.take_back(session, claim);
+        }
         self.queue_changed();
     }
 
+    /// Workers train on without a coordinator; the next one finds them by the run's record.
     fn on_shut_down(&mut self) {
         self.shut_down = true;
-        let Some(run) = self.active_run() else { return };
-        let (name, step) = (run.record.name.clone(), run.record.step);
-        self.fail(&name, &format!("the coordinator was shut down at step {step}"));
-    }
-
-    /// Takes a worker out; a run that it had not finished has failed.
-    pub(crate) fn lose(&mut self, session: SessionId, how: &str) {
-        let Some(worker) = self.members.remove(self.now, session) else { return };
-        self.queue_changed();
-        let Some(fence) = worker.assigned.clone() else { return };
-        let Some(run) = self.runs.get(&fence.run) else { return };
-        let Some(attempt) = &run.attempt else { return };
-        let Some(rank) = attempt.rank_of(session) else { return };
-        if attempt.members[rank].ended.is_some() {
-            let message = format!("{} went after its part was done: {how}", worker.name);
-            return self.record(&fence.run, "worker_left", &worker.name, message);
-        }
-        let step = worker.progress.as_ref().map_or(0, |progress| progress.step).max(run.record.step);
-        let cause = format!("{} was lost at step {step}: {how}", worker.introduction());
-        self.record(&fence.run, "worker_lost", &worker.name, cause.clone());
-        self.fail(&fence.run, &cause);
+        let Some(name) = self.active.clone() else { return };
+        let message = "the coordinator was shut down; workers train on, and the next coordinator takes over";
+        self.record(&name, "coordinator_left", "", message.to_owned());
+        self.save(&name, false);
     }
 
     /// Ends an active run by a failure: the members drop it, the cause is kept with its remedy.
@@ -208,8 +221,9 @@ impl Cluster {
         self.release_members(name, Some(cause));
         let now = self.now;
         let Some(run) = self.runs.get_mut(name) else { return };
-        run.record.elapsed_ms = run.elapsed_ms(now);
-        run.attempt = None;
+        run.stop_clock(now);
+        run.group = None;
+        run.reunion = None;
         run.record.status = RunStatus::Failed;
         run.record.error = format!("{cause}; {}", remedy(run));
         let message = run.record.error.clone();
@@ -227,18 +241,51 @@ impl Cluster {
         self.queue_changed();
     }
 
-    /// Frees the members of a run; with a cause, those that were told of the run are told to drop it.
+    /// Frees the members of a run and of its next group; with a cause, they are told to drop it, otherwise
+    /// that it is over. While they change over, each may be in either group, so it is told for both.
     pub(crate) fn release_members(&mut self, name: &str, abort: Option<&str>) {
-        let Some(run) = self.runs.get(name) else { return };
-        let fence = run.fence();
-        let Some(attempt) = &run.attempt else { return };
-        for member in &attempt.members {
-            let Some(worker) = self.members.get_mut(member.session) else { continue };
-            worker.assigned = None;
-            if let Some(cause) = abort.filter(|_| attempt.stage != Stage::Saving && member.ended.is_none()) {
-                let directive = Directive::Abort { fence: fence.clone(), message: cause.to_owned() };
-                self.out.push(Action::Direct { session: member.session, directive });
+        let Some(run) = self.runs.get_mut(name) else { return };
+        run.regroup_when_saved = None;
+        let (present, next) = (run.fence(), run.change_fence());
+        let mut told: BTreeMap<SessionId, Vec<Fence>> = BTreeMap::new();
+        for member in run.group.iter().flat_map(|group| &group.members) {
+            let fences = told.entry(member.session).or_default();
+            if run.group.as_ref().is_some_and(|group| group.stage != Stage::Saving) {
+                fences.push(present.clone());
             }
+        }
+        if let Some((change, next)) = run.change.take().zip(next) {
+            for member in &change.members {
+                let fences = told.entry(member.session).or_default();
+                if change.started || fences.is_empty() {
+                    fences.push(next.clone());
+                }
+            }
+        }
+        for (&session, claim) in run.reunion.iter().flat_map(|reunion| &reunion.claims) {
+            told.entry(session).or_default().push(claim.fence.clone());
+        }
+        for (session, fences) in told {
+            let Some(worker) = self.members.get_mut(session) else { continue };
+            if worker.assigned.take().is_none() {
+                continue;
+            }
+            for fence in fences {
+                let directive = match abort {
+                    Some(cause) => Directive::Abort { fence, message: cause.to_owned() },
+                    None => Directive::Release(fence),
+                };
+                self.direct(session, directive);
+            }
+            self.say_farewell(session);
+        }
+        self.queue_changed();
+    }
+
+    /// Tells a worker, if it is connected: one that is away is told when it comes back.
+    pub(crate) fn direct(&mut self, session: SessionId, directive: Directive) {
+        if self.members.get(session).is_some() {
+            self.out.push(Action::Direct { session, directive });
         }
     }
 
@@ -270,24 +317,52 @@ impl Cluster {
         self.active.as_ref().and_then(|name| self.runs.get(name))
     }
 
-    /// The attempt and rank that a member's message belongs to; otherwise the message is refused.
+    /// The run and rank that a member's message belongs to; otherwise the message is refused. The first
+    /// message of a group that was told to take over means that it has.
     pub(crate) fn fenced(
         &mut self,
         what: &'static str,
         session: SessionId,
         fence: &Fence,
     ) -> Option<(&mut Run, usize)> {
+        let takes_over =
+            self.runs.get(&fence.run).and_then(|run| run.change.as_ref()).is_some_and(|change| {
+                change.started && change.generation == fence.generation && change.rank_of(session).is_some()
+            });
+        if takes_over {
+            self.take_over(&fence.run);
+        }
         let valid = self.runs.get(&fence.run).is_some_and(|run| {
             run.record.generation == fence.generation
-                && run.attempt.as_ref().is_some_and(|attempt| attempt.rank_of(session).is_some())
+                && run.group.as_ref().is_some_and(|group| group.rank_of(session).is_some())
         });
         if !valid {
             self.out.push(Action::RefuseStale { session, what, fence: fence.clone() });
             return None;
         }
         let run = self.runs.get_mut(&fence.run)?;
-        let rank = run.attempt.as_ref()?.rank_of(session)?;
+        let rank = run.group.as_ref()?.rank_of(session)?;
         Some((run, rank))
+    }
+
+    /// The run that a result belongs to. Results of a step do not depend on the group, so those of former
+    /// groups count as well, unless the run has gone back to a checkpoint since.
+    pub(crate) fn same_past(
+        &mut self,
+        what: &'static str,
+        session: SessionId,
+        fence: &Fence,
+    ) -> Option<&mut Run> {
+        let valid = self.runs.get(&fence.run).is_some_and(|run| {
+            let newest = run.change.as_ref().map_or(run.record.generation, |change| change.generation);
+            run.group.as_ref().is_some_and(Group::has_state)
+                && (run.record.lineage..=newest).contains(&fence.generation)
+        });
+        if !valid {
+            self.out.push(Action::RefuseStale { session, what, fence: fence.clone() });
+            return None;
+        }
+        self.runs.get_mut(&fence.run)
     }
 
     /// The coordinator itself was asleep (a suspended machine): silence in that time proves nothing.
@@ -312,57 +387,27 @@ impl Cluster {
             .collect();
         for (session, silence_ms) in silent {
             let how = format!("it sent no heartbeat for {:.1} s", silence_ms as f64 / 1000.0);
-            self.lose(session, &how);
+            self.lose(session, &how, Loss::ForGood);
             self.out.push(Action::CloseSession { session, reason: how });
         }
-        self.expire_suspicion();
+        if let Some(name) = self.active.clone() {
+            self.expire_reunion(&name);
+            self.settle_losses(&name);
+            self.expire_change(&name);
+        }
         self.expire_progress();
     }
 
-    fn expire_suspicion(&mut self) {
-        let Some(run) = self.active_run() else { return };
-        let Some(attempt) = &run.attempt else { return };
-        let Some(suspicion) = attempt.suspicion.clone() else { return };
-        if self.suspicion_deadline(attempt).is_none_or(|at| self.now < at) {
-            return;
-        }
-        let reporter = &attempt.members[suspicion.reporter].introduction;
-        let step = suspicion.step;
-        let cause = match suspicion.suspect.and_then(|rank| attempt.members.get(rank)) {
-            Some(suspect) => format!(
-                "the link between {reporter} and {} broke at step {step}, while both are connected to the \
-                 coordinator: {}",
-                suspect.introduction, suspicion.message
-            ),
-            None => format!("{reporter} lost a peer at step {step}: {}", suspicion.message),
-        };
-        let name = run.record.name.clone();
-        self.fail(&name, &cause);
-    }
-
-    /// When a broken link counts as the link's own fault. A suspect that is silent just now gets its whole
-    /// heartbeat timeout: then it is the culprit.
-    fn suspicion_deadline(&self, attempt: &Attempt) -> Option<Timestamp> {
-        let suspicion = attempt.suspicion.as_ref()?;
-        let grace = suspicion.since.plus_ms(self.options.peer_lost_grace_ms);
-        let suspect = suspicion.suspect.and_then(|rank| attempt.members.get(rank));
-        let Some(worker) = suspect.and_then(|member| self.members.get(member.session)) else {
-            return Some(grace);
-        };
-        if worker.heard > suspicion.since {
-            return Some(grace);
-        }
-        Some(grace.max(worker.heard.plus_ms(self.options.heartbeat_timeout_ms + 2)))
-    }
-
     /// Members that somebody waits for, each with the time at which it counts as stuck.
-    fn stuck_members<'a>(&'a self, attempt: &'a Attempt) -> impl Iterator<Item = (&'a str, Timestamp)> + 'a {
-        let waits = move |member: &&crate::run::Member| match attempt.stage {
+    fn stuck_members<'a>(&'a self, group: &'a Group) -> impl Iterator<Item = (&'a str, Timestamp)> + 'a {
+        // When all are through, their last results are still to come.
+        let through = group.members.iter().all(|member| member.ended.is_some());
+        let waits = move |member: &&Member| match group.stage {
             Stage::Preparing => !member.prepared,
-            Stage::Training => member.ended.is_none(),
+            Stage::Forming | Stage::Training => through || member.ended.is_none(),
             Stage::Saving | Stage::Flushing => false,
         };
-        attempt.members.iter().filter(waits).filter_map(|member| {
+        group.members.iter().filter(waits).filter_map(|member| {
             let worker = self.members.get(member.session)?;
             let at = worker.progressed.plus_ms(self.options.progress_timeout_ms + 1);
             Some((member.introduction.as_str(), at))
@@ -371,10 +416,10 @@ impl Cluster {
 
     fn expire_progress(&mut self) {
         let Some(run) = self.active_run() else { return };
-        let Some(attempt) = &run.attempt else { return };
+        let Some(group) = &run.group else { return };
         let now = self.now;
         let stuck: Vec<&str> =
-            self.stuck_members(attempt).filter(|&(_, at)| at <= now).map(|(who, _)| who).collect();
+            self.stuck_members(group).filter(|&(_, at)| at <= now).map(|(who, _)| who).collect();
         if stuck.is_empty() {
             return;
         }
@@ -408,22 +453,9 @@ fn session_of(event: &Event) -> Option<SessionId> {
         | Event::CheckpointUploaded { session, .. }
         | Event::MemberEnded { session, .. }
         | Event::MemberFailed { session, .. }
-        | Event::WorkerLeft { session, .. }
+        | Event::GroupFormed { session, .. }
+        | Event::WorkerLeaves { session, .. }
         | Event::SessionEnded { session, .. } => Some(*session),
         _ => None,
-    }
-}
-
-impl Run {
-    /// What messages about the present group carry.
-    #[must_use]
-    pub fn fence(&self) -> Fence {
-        Fence { run: self.record.name.clone(), generation: self.record.generation }
-    }
-
-    /// The generation of the present group.
-    #[must_use]
-    pub fn generation(&self) -> Generation {
-        self.record.generation
     }
 }

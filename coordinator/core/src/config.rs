@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::DatasetManifest;
-use crate::slots::SlotMap;
+use crate::slots::{SlotMap, SlotRange, split_evenly};
 
 /// What is trained: a model, its losses, its optimizer and its defaults under one name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -98,6 +98,12 @@ pub struct RunConfig {
     /// Whose statistics normalise a batch.
     #[serde(default)]
     pub batch_norm: BatchNorm,
+    /// The same bits whatever workers there are and whatever fails: see docs/exact.md.
+    #[serde(default)]
+    pub exact: bool,
+    /// Parts of the batch that exact mode computes one by one; they bound the number of its workers.
+    #[serde(default = "defaults::lanes")]
+    pub lanes: u32,
     /// Adam's step size.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: f64,
@@ -130,6 +136,10 @@ mod defaults {
     }
     pub fn checkpoint_every() -> u64 {
         500
+    }
+    // Eight workers at most, and parts that a processor still computes well.
+    pub fn lanes() -> u32 {
+        8
     }
     pub fn learning_rate() -> f64 {
         2e-4
@@ -218,6 +228,10 @@ fn recipe_names() -> String {
     Recipe::ALL.map(Recipe::name).join(", ")
 }
 
+fn rule(holds: bool, key: &'static str, value: String, must_be: &'static str) -> Result<(), ConfigError> {
+    if holds { Ok(()) } else { Err(ConfigError::OutOfRange { key, value, must_be }) }
+}
+
 impl RunConfig {
     /// The configuration of `recipe` on `data` with every default.
     #[must_use]
@@ -233,6 +247,8 @@ impl RunConfig {
             sample_every: defaults::sample_every(),
             checkpoint_every: defaults::checkpoint_every(),
             batch_norm: BatchNorm::default(),
+            exact: false,
+            lanes: defaults::lanes(),
             learning_rate: defaults::learning_rate(),
             beta1: defaults::beta1(),
             beta2: defaults::beta2(),
@@ -264,9 +280,6 @@ impl RunConfig {
     /// # Errors
     /// The first broken rule.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let rule = |holds: bool, key, value: String, must_be| {
-            if holds { Ok(()) } else { Err(ConfigError::OutOfRange { key, value, must_be }) }
-        };
         let fraction = |x: f64| (0.0..1.0).contains(&x);
         rule(!self.data.is_empty(), "data", "empty".to_owned(), "the URL of a prepared dataset")?;
         rule(self.steps != Some(0), "steps", "0".to_owned(), "at least 1")?;
@@ -285,6 +298,7 @@ impl RunConfig {
                 "between 1 and the global batch",
             )?;
         }
+        self.validate_exact()?;
         rule(self.sample_every > 0, "sample_every", self.sample_every.to_string(), "at least 1")?;
         rule(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every.to_string(), "at least 1")?;
         rule(
@@ -315,6 +329,31 @@ impl RunConfig {
         )
     }
 
+    /// The rules of exact mode.
+    fn validate_exact(&self) -> Result<(), ConfigError> {
+        if !self.exact {
+            return Ok(());
+        }
+        rule(
+            self.workers.is_none_or(|workers| workers <= self.lanes),
+            "workers",
+            self.workers.unwrap_or(0).to_string(),
+            "at most as many as lanes in exact mode, where a worker has whole lanes",
+        )?;
+        rule(
+            self.lanes > 0 && self.global_batch.is_multiple_of(self.lanes),
+            "lanes",
+            self.lanes.to_string(),
+            "a divisor of the global batch",
+        )?;
+        rule(
+            self.batch_norm == BatchNorm::Sync,
+            "batch_norm",
+            "local".to_owned(),
+            "sync in exact mode, where the result must not depend on the workers",
+        )
+    }
+
     /// Checks the run against the dataset that it names and returns how slots are fed.
     ///
     /// # Errors
@@ -327,6 +366,45 @@ impl RunConfig {
         }
         let shard_images: Vec<u64> = dataset.shards.iter().map(|shard| shard.images).collect();
         SlotMap::new(self.global_batch, self.seed, &shard_images)
+    }
+
+    /// Most workers that can have a share of the batch, or as many as were asked for.
+    #[must_use]
+    pub fn most_workers(&self) -> u32 {
+        let parts = if self.exact { self.lanes } else { self.global_batch };
+        self.workers.unwrap_or(parts).min(parts)
+    }
+
+    /// Each worker's slots, by rank: shares as even as can be, larger ones first. In exact mode a share is
+    /// made of whole lanes.
+    ///
+    /// # Panics
+    /// If `world` is 0.
+    #[must_use]
+    pub fn shares(&self, world: u32) -> Vec<SlotRange> {
+        if !self.exact {
+            return split_evenly(self.global_batch, world);
+        }
+        let per_lane = self.slots_per_lane();
+        let scaled =
+            |lanes: SlotRange| SlotRange { first: lanes.first * per_lane, count: lanes.count * per_lane };
+        split_evenly(self.lanes, world).into_iter().map(scaled).collect()
+    }
+
+    /// How many lanes each worker computes, by rank: those of [`RunConfig::shares`] in exact mode, else one.
+    ///
+    /// # Panics
+    /// If `world` is 0.
+    #[must_use]
+    pub fn lanes_by_rank(&self, world: u32) -> Vec<u32> {
+        let lanes = |share: SlotRange| if self.exact { share.count / self.slots_per_lane() } else { 1 };
+        self.shares(world).into_iter().map(lanes).collect()
+    }
+
+    /// Slots of one lane in exact mode.
+    #[must_use]
+    pub fn slots_per_lane(&self) -> u32 {
+        self.global_batch / self.lanes
     }
 
     /// Steps of the whole run, given the steps of one epoch.
@@ -346,6 +424,26 @@ mod tests {
         config.steps = Some(7);
         config.workers = Some(3);
         assert_eq!(RunConfig::from_json(&config.to_json()), Ok(config));
+    }
+
+    #[test]
+    fn exact_mode_cannot_wait_for_more_workers_than_lanes() {
+        let mut config = RunConfig::new(Recipe::DcganTiny, "file:///d");
+        (config.exact, config.workers) = (true, Some(9));
+        let message = config.validate().unwrap_err().to_string();
+        assert!(message.starts_with("workers is 9, but must be at most as many as lanes"), "{message}");
+        config.workers = Some(8);
+        assert_eq!(config.validate(), Ok(()));
+    }
+
+    #[test]
+    fn exact_mode_deals_whole_lanes() {
+        let mut config = RunConfig::new(Recipe::DcganTiny, "file:///d");
+        assert_eq!(config.lanes_by_rank(3), [1, 1, 1]);
+        config.exact = true;
+        assert_eq!(config.lanes_by_rank(3), [3, 3, 2]);
+        let counts: Vec<u32> = config.shares(3).iter().map(|share| share.count).collect();
+        assert_eq!(counts, [24, 24, 16]);
     }
 
     #[test]

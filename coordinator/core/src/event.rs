@@ -3,6 +3,7 @@
 //! Events tell what happened (a message came, a write ended, time passed), actions what the shell is to do
 //! now, in order. Both are plain data.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::Serialize;
@@ -10,9 +11,9 @@ use serde::Serialize;
 use crate::checkpoint::{CheckpointManifest, CheckpointPart};
 use crate::config::RunConfig;
 use crate::dataset::DatasetManifest;
+pub use crate::directive::{Directive, Peer, Prepare, StateSource, When};
 use crate::ids::{Generation, Step};
-use crate::record::{CheckpointMark, RunRecord};
-use crate::slots::SlotRange;
+use crate::record::{CheckpointMark, Origin, RunRecord};
 use crate::time::Timestamp;
 
 /// A worker's connection; the shell numbers them and never uses a number twice.
@@ -40,6 +41,46 @@ pub struct Hello {
     pub device: String,
     /// Compute threads.
     pub threads: u32,
+    /// What it is in the middle of, when it comes back.
+    pub membership: Option<Claim>,
+}
+
+/// How far a member's state is: the next thing that it would compute.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// Finished steps.
+    pub step: Step,
+    /// Phases of the next step that are applied already: 0, 1 or 2.
+    pub phase: u32,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, phase } = self;
+        match phase {
+            0 => write!(f, "step {step}"),
+            _ => write!(f, "step {step} and {phase} of the next one's phases"),
+        }
+    }
+}
+
+/// What a worker that connects anew says that it is in the middle of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// Run and generation.
+    pub fence: Fence,
+    /// The run's id: a name may have been given to another run since.
+    pub run_id: String,
+    /// Its rank.
+    pub rank: u32,
+    /// Members of that generation, by rank.
+    pub members: Vec<Peer>,
+    /// How far its state is.
+    pub position: Position,
+    /// Its ring is broken; it waits for the next group.
+    pub parked: bool,
+    /// The group that it was told to change over to and may be in at any moment.
+    pub changes_to: Option<Generation>,
 }
 
 /// What a message belongs to; one of another generation is refused.
@@ -94,6 +135,8 @@ pub struct StepReport {
     pub step_s: f64,
     /// Shares of `step_s`.
     pub times: StepTimes,
+    /// Sum over all slots of the hash of what fed them.
+    pub fed: u64,
 }
 
 /// Which picture a tile is part of.
@@ -209,12 +252,48 @@ pub struct MemberFailure {
     pub step: Step,
     /// As in [`Progress`].
     pub phase: String,
-    /// A link to a peer broke: the peer, not the reporter, is suspect.
-    pub peer_lost: bool,
-    /// The peer's rank, if known.
-    pub suspect_rank: Option<u32>,
+    /// Who is concerned.
+    pub kind: FailureKind,
     /// One sentence.
     pub message: String,
+}
+
+/// Whom a failure concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// A link to a peer broke: the peer, not the reporter, is suspect. The reporter keeps its state.
+    PeerLost {
+        /// The peer's rank, if known.
+        suspect: Option<u32>,
+    },
+    /// The reporter alone: others may go on.
+    Local,
+    /// Everybody: the run cannot go on.
+    Run,
+}
+
+/// A group's ring stands, and its members have one state.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Formed {
+    /// Run and generation.
+    pub fence: Fence,
+    /// From where it goes on.
+    pub position: Position,
+    /// Since the former ring broke; 0 for a change between two steps.
+    pub stalled_s: f64,
+    /// Members that received the state from a peer.
+    pub restored: u32,
+}
+
+/// What of a run's results lies in the store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// Metrics up to this step.
+    pub step: Step,
+    /// Whole grids.
+    pub grids: BTreeSet<Step>,
+    /// The grid of real images.
+    pub reals: bool,
 }
 
 /// A run that somebody wants.
@@ -226,12 +305,26 @@ pub struct Submission {
     pub config: RunConfig,
     /// Of the dataset that the configuration names.
     pub dataset: DatasetManifest,
+    /// The checkpoint of another run to start from.
+    pub origin: Option<Box<OriginCheckpoint>>,
     /// Random bits for name and id.
     pub random: [u64; 2],
 }
 
+/// A checkpoint of another run, and what a run that starts from it must have in common with that.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OriginCheckpoint {
+    /// Where it lies.
+    pub mark: Origin,
+    /// The configuration that it was trained with.
+    pub config: RunConfig,
+    /// The dataset that it was trained on.
+    pub dataset_digest: String,
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and submissions are rare")]
 #[allow(missing_docs)] // The fields are the ones that their types describe.
 pub enum Event {
     /// A worker opened a session.
@@ -250,84 +343,40 @@ pub enum Event {
     MemberEnded { session: SessionId, end: MemberEnd },
     /// A member cannot go on.
     MemberFailed { session: SessionId, failure: MemberFailure },
-    /// The worker said goodbye.
-    WorkerLeft { session: SessionId, reason: String },
+    /// Rank 0 says that its group stands.
+    GroupFormed { session: SessionId, formed: Formed },
+    /// The worker wants to leave: now, or when its group can do without it.
+    WorkerLeaves { session: SessionId, reason: String, at_once: bool },
     /// The session is over, for whatever reason; nothing more will come from it.
     SessionEnded { session: SessionId, reason: String },
     /// A client wants a run.
     RunSubmitted { request: RequestId, submission: Submission },
     /// A client wants a run to stop.
     StopRequested { request: RequestId, run: String },
+    /// A client wants a worker to get no more work.
+    DrainRequested { request: RequestId, worker: String },
     /// A client wants a stopped or failed run to go on; the dataset is read anew, to see that it is the same.
     ResumeRequested { request: RequestId, run: String, dataset: DatasetManifest },
-    /// At start: a run found in the store, with its newest checkpoint there.
-    RunRecovered { record: Box<RunRecord>, checkpoint: Option<CheckpointMark> },
+    /// At start: a run found in the store, with its newest checkpoint and its other results there.
+    RunRecovered { record: Box<RunRecord>, checkpoint: Option<CheckpointMark>, stored: Stored },
     /// At start: a run's folder that cannot be read; its name stays taken.
     NameReserved { run: String },
     /// An [`Action::SaveRun`] that asked for it has ended.
-    RunSaved { fence: Fence, outcome: Result<(), String> },
+    RunSaved { fence: Fence, reserved: Generation, outcome: Result<(), String> },
     /// An [`Action::CommitCheckpoint`] has ended.
     CheckpointSettled { fence: Fence, mark: CheckpointMark, outcome: Result<(), String> },
+    /// Metrics up to this step lie in the store; `lineage` is that of the last [`Action::RewindMetrics`].
+    MetricsStored { run: String, step: Step, lineage: Generation },
     /// An [`Action::StoreGrid`] has ended.
     GridSettled { fence: Fence, kind: GridKind, step: Step, outcome: Result<(), String> },
     /// An [`Action::FlushRun`] has ended: all that was recorded lies in the store.
     RunFlushed { fence: Fence, outcome: Result<(), String> },
     /// Something of a run could not be written, and trying on makes no sense.
     StoreFailed { run: String, message: String },
-    /// The coordinator ends: workers drop the active run, the queue waits for the next start.
+    /// The coordinator ends. Nothing new is begun; workers train on and find the next coordinator.
     ShutDown,
     /// Time passed.
     Ticked,
-}
-
-/// What the coordinator tells a member.
-#[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs)] // The fields are the ones that their types describe.
-pub enum Directive {
-    /// Load shards and state.
-    Prepare(Box<Prepare>),
-    /// All members are prepared: train.
-    Start(Fence),
-    /// End at a step that the members agree on.
-    Stop(Fence),
-    /// Drop the run at once.
-    Abort { fence: Fence, message: String },
-    /// The manifest of this step's checkpoint is written.
-    CheckpointCommitted { run: String, step: Step },
-}
-
-/// A member's part of a run.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prepare {
-    /// Run and generation.
-    pub fence: Fence,
-    /// One run for all time.
-    pub run_id: String,
-    /// What to run.
-    pub config: RunConfig,
-    /// The receiver's rank.
-    pub rank: u32,
-    /// By rank.
-    pub members: Vec<Peer>,
-    /// Where the run's objects lie.
-    pub run_url: String,
-    /// Finished steps so far.
-    pub start_step: Step,
-    /// Load the checkpoint of `start_step`.
-    pub resume: bool,
-    /// Steps of the whole run.
-    pub target_steps: Step,
-}
-
-/// A member, as its peers know it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer {
-    /// Name of the worker.
-    pub worker: String,
-    /// Where its collective listens.
-    pub ring_address: String,
-    /// Its share of the slots.
-    pub slots: SlotRange,
 }
 
 /// A line of `metrics.jsonl`. Losses that are not finite become null: JSON knows no NaN.
@@ -346,6 +395,7 @@ pub struct MetricsLine {
     pub images_per_s: f64,
     pub workers: u32,
     pub generation: Generation,
+    pub fed: u64,
 }
 
 /// A line of `events.jsonl`: what happened to a run, in words.
@@ -386,7 +436,7 @@ pub enum Action {
     /// Append to `metrics.jsonl` and to TensorBoard's scalars.
     RecordMetrics { run: String, line: MetricsLine },
     /// Forget metrics after this step: the run goes on from there.
-    RewindMetrics { run: String, step: Step },
+    RewindMetrics { run: String, step: Step, lineage: Generation },
     /// Make the PNG and store it; report with [`Event::GridSettled`].
     StoreGrid { grid: Grid },
     /// Check the parts and write the manifest; report with [`Event::CheckpointSettled`].

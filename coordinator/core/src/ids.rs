@@ -23,7 +23,13 @@ impl Generation {
     /// The generation after this one.
     #[must_use]
     pub fn next(self) -> Self {
-        Self(self.0 + 1)
+        self.ahead(1)
+    }
+
+    /// The generation `count` after this one.
+    #[must_use]
+    pub fn ahead(self, count: u64) -> Self {
+        Self(self.0 + count)
     }
 }
 

@@ -5,54 +5,81 @@ use crate::cluster::Cluster;
 use crate::event::{
     Action, Directive, Fence, Grid, GridKind, MetricsLine, Progress, SessionId, StepReport, Tile, Upload,
 };
-use crate::ids::Step;
+use crate::ids::{Generation, Step};
 use crate::record::CheckpointMark;
 
 impl Cluster {
     pub(crate) fn on_heartbeat(&mut self, session: SessionId, progress: Progress) {
         self.members.heard(self.now, session, progress);
+        self.watch_pace(session);
     }
 
-    /// Takes the next step's metrics; what came before is refused, a gap ends the run.
+    /// Takes the next step's metrics; those that came before are repeats.
     pub(crate) fn on_step(&mut self, session: SessionId, report: StepReport) {
         let now = self.now;
         let Some((run, rank)) = self.fenced("StepReport", session, &report.fence) else { return };
-        let (name, last) = (report.fence.run.clone(), run.record.step);
-        if !Self::is_training(run) || rank != 0 || report.step <= last {
-            let fence = report.fence;
+        let fence = report.fence.clone();
+        let (name, last) = (fence.run.clone(), run.record.step);
+        if rank != 0 || report.step <= last {
             return self.out.push(Action::RefuseStale { session, what: "StepReport", fence });
         }
-        if report.step != last + 1 || report.step > run.record.target_steps {
+        if report.step > run.record.target_steps {
             let target = run.record.target_steps;
             let cause = format!("step {} was reported after step {last} of {target}", report.step);
             return self.fail(&name, &cause);
         }
+        if report.step > last + 1 {
+            let message = format!("metrics of steps {} to {} were lost", last + 1, report.step - 1);
+            self.record(&name, "metrics_lost", "", message);
+        }
+        let Some(run) = self.runs.get_mut(&name) else { return };
         let line = metrics_line(&report, run.record.config.global_batch, run.record.workers);
-        if let Some(attempt) = &mut run.attempt {
-            let interval_s = now.since_ms(attempt.reported) as f64 / 1000.0;
-            attempt.reported = now;
+        if let Some(group) = &mut run.group {
+            let interval_s = now.since_ms(group.reported) as f64 / 1000.0;
+            group.reported = now;
             run.means.add(&line, interval_s);
         }
         run.record.step = report.step;
         run.record.pace_s = run.means.pace_s;
         run.last = Some(line.clone());
+        let early = run.results.early.remove(&report.step);
         self.out.push(Action::RecordMetrics { run: name.clone(), line });
         self.changed.insert(name);
+        if let Some((session, upload)) = early {
+            self.on_upload(session, upload);
+        }
+        self.try_flush(&fence.run);
+    }
+
+    /// Metrics lie in the store: members need not keep them. A slow store may tell of lines that are to be
+    /// forgotten.
+    pub(crate) fn on_metrics_stored(&mut self, name: &str, step: Step, lineage: Generation) {
+        let run = self.runs.get_mut(name).filter(|run| run.record.lineage == lineage);
+        let Some(run) = run else { return };
+        run.results.stored.step = step.min(run.record.step);
+        self.tell_all_kept(name);
+    }
+
+    fn tell_all_kept(&mut self, name: &str) {
+        let Some(run) = self.runs.get(name) else { return };
+        let members = run.group.iter().flat_map(|group| &group.members);
+        let sessions: Vec<SessionId> = members.map(|member| member.session).collect();
+        for session in sessions {
+            if self.members.get(session).is_some() {
+                self.tell_kept(session, name, false);
+            }
+        }
     }
 
     /// Takes a part of a grid; the last part sends the grid to the store.
     pub(crate) fn on_tile(&mut self, session: SessionId, tile: Tile) {
-        let Some((run, rank)) = self.fenced("SampleTile", session, &tile.fence) else { return };
-        if !Self::is_training(run) {
-            let fence = tile.fence;
-            return self.out.push(Action::RefuseStale { session, what: "SampleTile", fence });
-        }
-        let Some(attempt) = &mut run.attempt else { return };
-        let who = attempt.members[rank].introduction.clone();
-        match attempt.add_tile(&tile) {
+        let who = self.members.get(session).map_or(String::new(), |worker| worker.introduction());
+        let Some(run) = self.same_past("SampleTile", session, &tile.fence) else { return };
+        match run.results.add_tile(&tile) {
             Ok(None) => {}
             Ok(Some(pixels)) => {
-                let Tile { fence, kind, step, cells_total: cells, cell, .. } = tile;
+                let fence = run.fence();
+                let Tile { kind, step, cells_total: cells, cell, .. } = tile;
                 self.out.push(Action::StoreGrid { grid: Grid { fence, kind, step, cells, cell, pixels } });
             }
             Err(reason) => {
@@ -70,11 +97,10 @@ impl Cluster {
         outcome: Result<(), String>,
     ) {
         let Some(run) = self.runs.get_mut(&fence.run) else { return };
-        if run.record.generation != fence.generation {
+        run.results.storing.remove(&(step, kind));
+        if run.record.lineage > fence.generation || run.group.is_none() {
             return;
         }
-        let Some(attempt) = &mut run.attempt else { return };
-        attempt.storing.remove(&(step, kind));
         let what = match kind {
             GridKind::Generated => format!("the sample grid of step {step}"),
             GridKind::Reals => "the grid of real images".to_owned(),
@@ -82,33 +108,37 @@ impl Cluster {
         if let Err(error) = outcome {
             return self.fail(&fence.run, &format!("{what} could not be stored: {error}"));
         }
+        run.results.note_stored(step, kind);
+        self.tell_all_kept(&fence.run);
         self.record(&fence.run, "sample", "", format!("{what} is stored"));
         self.save(&fence.run, false);
         self.try_flush(&fence.run);
     }
 
-    /// Lets the shell commit a checkpoint that rank 0 has uploaded.
+    /// Lets the shell commit a checkpoint that a rank 0 has uploaded.
     pub(crate) fn on_upload(&mut self, session: SessionId, upload: Upload) {
         let now = self.now;
         let version = self.options.version.clone();
-        let Some((run, rank)) = self.fenced("CheckpointUploaded", session, &upload.fence) else { return };
-        if !Self::is_training(run) || rank != 0 {
-            let fence = upload.fence;
-            return self.out.push(Action::RefuseStale { session, what: "CheckpointUploaded", fence });
-        }
-        let Some(attempt) = &mut run.attempt else { return };
-        let writer = attempt.members[rank].name.clone();
+        let (writer, who) = self
+            .members
+            .get(session)
+            .map_or_else(Default::default, |worker| (worker.name.clone(), worker.introduction()));
+        let Some(run) = self.same_past("CheckpointUploaded", session, &upload.fence) else { return };
         let complete =
             CHECKPOINT_PARTS.iter().all(|&part| upload.parts.iter().any(|given| given.file == part))
                 && upload.parts.len() == CHECKPOINT_PARTS.len();
-        if !complete || upload.step > run.record.step {
-            let introduction = attempt.members[rank].introduction.clone();
-            let (step, last) = (upload.step, run.record.step);
-            let cause =
-                format!("{introduction} uploaded an impossible checkpoint of step {step} after step {last}");
+        if !complete || upload.step > run.record.target_steps {
+            let cause = format!("{who} uploaded an impossible checkpoint of step {}", upload.step);
             return self.fail(&upload.fence.run, &cause);
         }
-        attempt.committing.insert(upload.step);
+        // Metrics first: whoever goes on from a checkpoint finds every line up to it.
+        if upload.step > run.record.step {
+            run.results.early.insert(upload.step, (session, upload));
+            return;
+        }
+        if !run.results.committing.insert(upload.step) {
+            return;
+        }
         let manifest = CheckpointManifest {
             format: CHECKPOINT_FORMAT,
             run: upload.fence.run,
@@ -133,12 +163,13 @@ impl Cluster {
         outcome: Result<(), String>,
     ) {
         let Some(run) = self.runs.get_mut(&fence.run) else { return };
-        let present = run.record.generation == fence.generation;
         let step = mark.step;
+        run.results.committing.remove(&step);
         if outcome.is_ok() && run.record.checkpoint.as_ref().is_none_or(|newest| newest.step <= step) {
             run.record.checkpoint = Some(mark);
         }
-        let Some(attempt) = run.attempt.as_mut().filter(|_| present) else {
+        let present = run.record.lineage <= fence.generation;
+        let Some(group) = run.group.as_ref().filter(|_| present) else {
             if outcome.is_ok() {
                 let ended = run.record.status.is_ended();
                 self.save(&fence.run, false);
@@ -148,8 +179,7 @@ impl Cluster {
             }
             return;
         };
-        attempt.committing.remove(&step);
-        let sessions: Vec<SessionId> = attempt.members.iter().map(|member| member.session).collect();
+        let sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
         if let Err(error) = outcome {
             return self
                 .fail(&fence.run, &format!("the checkpoint of step {step} could not be stored: {error}"));
@@ -157,7 +187,7 @@ impl Cluster {
         for session in sessions {
             if self.members.get(session).is_some() {
                 let directive = Directive::CheckpointCommitted { run: fence.run.clone(), step };
-                self.out.push(Action::Direct { session, directive });
+                self.direct(session, directive);
             }
         }
         self.record(&fence.run, "checkpoint", "", format!("the checkpoint of step {step} is stored"));
@@ -181,5 +211,6 @@ fn metrics_line(report: &StepReport, global_batch: u32, workers: u32) -> Metrics
         images_per_s,
         workers,
         generation: report.fence.generation,
+        fed: report.fed,
     }
 }

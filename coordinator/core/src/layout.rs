@@ -26,6 +26,9 @@ pub const SAMPLES_FOLDER: &str = "samples";
 pub const CHECKPOINTS_FOLDER: &str = "checkpoints";
 /// Manifest of a dataset or a checkpoint, in its folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
+/// Under this name the coordinator gives the manifest of a run's dataset, which lies elsewhere, to those who ask for
+/// an object of the run.
+pub const DATASET_MANIFEST: &str = "dataset/manifest.json";
 /// Images refused, one JSON object a line, in the dataset's folder.
 pub const QUARANTINE_FILE: &str = "quarantine.jsonl";
 
@@ -39,6 +42,12 @@ pub fn sample_file(step: Step) -> String {
 #[must_use]
 pub fn checkpoint_folder(step: Step) -> String {
     format!("{CHECKPOINTS_FOLDER}/step-{step:06}")
+}
+
+/// An object of a step's checkpoint, relative to the run's folder.
+#[must_use]
+pub fn checkpoint_object(step: Step, file: &str) -> String {
+    format!("{}/{file}", checkpoint_folder(step))
 }
 
 /// The step in a name that [`sample_file`] or [`checkpoint_folder`] made (last path part, any extension).

@@ -10,21 +10,27 @@
 //!   [`run`], [`record`], [`names`], [`time`]: its parts; [`view`]: what people see of it.
 //! * [`checkpoint`]: what a checkpoint's manifest says; [`layout`]: where objects lie in the store.
 
+mod change;
 pub mod checkpoint;
 pub mod cluster;
 pub mod config;
 pub mod dataset;
+mod directive;
 pub mod event;
 pub mod ids;
 mod intake;
 pub mod layout;
 mod lifecycle;
+mod losses;
 pub mod membership;
 pub mod names;
 pub mod noise;
 pub mod record;
+mod regroup;
 mod requests;
+mod reunion;
 pub mod run;
 pub mod slots;
+mod stragglers;
 pub mod time;
 pub mod view;

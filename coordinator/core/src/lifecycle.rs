@@ -1,70 +1,80 @@
 //! A run's life: from the queue to a group, through saving, preparing, training and flushing to its end.
 
 use crate::cluster::Cluster;
-use crate::event::{Action, Directive, Fence, MemberEnd, MemberFailure, Outcome, Peer, Prepare, SessionId};
-use crate::ids::Step;
+use crate::event::{Action, Directive, Fence, MemberEnd, Outcome, SessionId, When};
+use crate::ids::{Generation, Step};
 use crate::record::RunStatus;
-use crate::run::{Attempt, Means, Member, Run, Stage, Suspicion};
-use crate::slots::split_evenly;
+use crate::run::{Group, Means, Run, Stage};
 
 impl Cluster {
-    /// Gives the next run in the queue its workers, when no run is active and enough are idle.
+    /// Gives the next run in the queue its workers, when no run is active and enough are idle; an active one
+    /// takes in who is idle.
     pub(crate) fn schedule(&mut self) {
-        if self.active.is_some() || self.shut_down {
+        if self.shut_down {
             return;
+        }
+        if self.active.is_some() {
+            return self.plan_change();
         }
         let Some(run) = self.queue.front().and_then(|name| self.runs.get(name)) else { return };
-        let idle = self.members.idle();
-        let wanted = run.record.config.workers.unwrap_or(1) as usize;
-        if idle.len() < wanted || run.submitter.is_some() {
+        let name = run.record.name.clone();
+        let config = &run.record.config;
+        // A run that waits goes on with whoever comes first; the others join it.
+        let waits = run.record.status == RunStatus::Waiting;
+        let wanted = config.workers.filter(|_| !waits).unwrap_or(1) as usize;
+        let most = config.most_workers() as usize;
+        let group: Vec<SessionId> =
+            self.idle().into_iter().filter(|&session| self.is_fit(session, &name)).take(most).collect();
+        if group.len() < wanted || run.submitter.is_some() {
             return;
         }
-        let most = run.record.config.workers.map_or(run.record.config.global_batch as usize, |n| n as usize);
-        let group: Vec<SessionId> = idle.into_iter().take(most).collect();
-        if let Some(name) = self.queue.pop_front() {
-            self.form(&name, &group);
-        }
+        self.queue.pop_front();
+        self.form(&name, &group);
         self.queue_changed();
     }
 
-    /// Makes a group under a new generation. The members hear of it when the generation is saved.
-    fn form(&mut self, name: &str, group: &[SessionId]) {
+    /// Makes a first group under a new generation. The members hear of it when the generation is saved.
+    fn form(&mut self, name: &str, sessions: &[SessionId]) {
         let Some(run) = self.runs.get_mut(name) else { return };
-        run.record.generation = run.record.generation.next();
-        let fence = run.fence();
-        let shares = split_evenly(run.record.config.global_batch, group.len() as u32);
-        let mut members = Vec::with_capacity(group.len());
-        for (&session, slots) in group.iter().zip(shares) {
-            let Some(worker) = self.members.get_mut(session) else { continue };
-            worker.assigned = Some(fence.clone());
-            members.push(Member {
-                session,
-                name: worker.name.clone(),
-                introduction: worker.introduction(),
-                ring_address: worker.hello.ring_address.clone(),
-                slots,
-                prepared: false,
-                ended: None,
-            });
-        }
-        let shares: Vec<String> =
-            members.iter().map(|member| format!("{} ({} slots)", member.name, member.slots.count)).collect();
+        // The save below reserves what it gives out.
+        run.reserved = run.reserved.max(run.record.generation.max(run.floor).next());
+        self.active = Some(name.to_owned());
+        let Some(generation) = self.next_generation(name) else { return };
+        let members = self.members_for(name, sessions, generation);
+        let now = self.now;
+        let Some(run) = self.runs.get_mut(name) else { return };
+        run.record.generation = generation;
+        run.record.lineage = generation;
         run.record.status = RunStatus::Preparing;
         run.record.workers = members.len() as u32;
         run.means = Means::default();
-        run.attempt = Some(Attempt::new(self.now, members));
-        self.active = Some(name.to_owned());
-        self.record(name, "preparing", "", format!("load shards and state: {}", shares.join(", ")));
+        run.group = Some(Group::new(now, Stage::Saving, members));
+        let message = format!("load shards and state: {}", self.shares(name));
+        self.record(name, "preparing", "", message);
         self.save(name, true);
     }
 
     /// The first save answers the submitter; the save of a new generation lets its group prepare.
-    pub(crate) fn on_saved(&mut self, fence: &Fence, outcome: Result<(), String>) {
+    pub(crate) fn on_saved(&mut self, fence: &Fence, reserved: Generation, outcome: Result<(), String>) {
         let Some(run) = self.runs.get_mut(&fence.run) else { return };
         if let Some(request) = run.submitter.take() {
             return self.on_submission_saved(&fence.run, request, outcome);
         }
-        let waits = run.attempt.as_ref().is_some_and(|attempt| attempt.stage == Stage::Saving);
+        if outcome.is_ok() {
+            run.reserved = run.reserved.max(reserved);
+        } else {
+            // What the store did not take is asked for again when it is needed.
+            run.record.generations_reserved = run.reserved;
+        }
+        if let Some(cause) = run.regroup_when_saved.take() {
+            return match outcome {
+                Ok(()) => self.form_anew(&fence.run, &cause),
+                Err(error) => {
+                    self.fail(&fence.run, &format!("{cause}; no new group could be formed: {error}"))
+                }
+            };
+        }
+        let waits = run.group.as_ref().is_some_and(|group| group.stage == Stage::Saving);
         if !waits || run.record.generation != fence.generation {
             return;
         }
@@ -75,69 +85,46 @@ impl Cluster {
     }
 
     fn prepare(&mut self, name: &str) {
-        let run_url = format!("{}/{}", self.options.store_url, crate::layout::run_folder(name));
         let Some(run) = self.runs.get_mut(name) else { return };
-        let (start_step, resume) =
-            run.record.checkpoint.as_ref().map_or((0, false), |mark| (mark.step, true));
-        run.record.step = start_step;
+        let (step, state) = run.beginning();
+        run.record.step = step;
         run.last = None;
-        let fence = run.fence();
-        let Some(attempt) = &mut run.attempt else { return };
-        attempt.stage = Stage::Preparing;
-        let members: Vec<Peer> = attempt
-            .members
-            .iter()
-            .map(|member| Peer {
-                worker: member.name.clone(),
-                ring_address: member.ring_address.clone(),
-                slots: member.slots,
-            })
-            .collect();
-        self.out.push(Action::RewindMetrics { run: name.to_owned(), step: start_step });
-        for (rank, member) in attempt.members.iter().enumerate() {
-            if let Some(worker) = self.members.get_mut(member.session) {
-                worker.progressed = self.now;
-            }
-            let prepare = Prepare {
-                fence: fence.clone(),
-                run_id: run.record.id.clone(),
-                config: run.record.config.clone(),
-                rank: rank as u32,
-                members: members.clone(),
-                run_url: run_url.clone(),
-                start_step,
-                resume,
-                target_steps: run.record.target_steps,
-            };
-            let directive = Directive::Prepare(Box::new(prepare));
-            self.out.push(Action::Direct { session: member.session, directive });
+        run.results.rewind(step);
+        if let Some(group) = &mut run.group {
+            group.stage = Stage::Preparing;
         }
+        let lineage = run.record.lineage;
+        self.out.push(Action::RewindMetrics { run: name.to_owned(), step, lineage });
+        self.tell_prepare(name, state, When::Now);
         self.changed.insert(name.to_owned());
     }
 
-    /// Starts the group when its last member is prepared.
+    /// Starts a first group when its last member is prepared.
     pub(crate) fn on_prepared(&mut self, session: SessionId, fence: &Fence) {
+        let changes = self.runs.get(&fence.run).and_then(|run| run.change.as_ref());
+        if changes.is_some_and(|change| change.generation == fence.generation) {
+            return self.on_change_prepared(session, fence);
+        }
         let now = self.now;
         let Some((run, rank)) = self.fenced("Prepared", session, fence) else { return };
         let start_step = run.record.step;
-        let Some(attempt) = &mut run.attempt else { return };
-        if attempt.stage != Stage::Preparing {
+        let Some(group) = &mut run.group else { return };
+        group.members[rank].prepared = true;
+        if group.stage != Stage::Preparing || !group.members.iter().all(|member| member.prepared) {
             return;
         }
-        attempt.members[rank].prepared = true;
-        if !attempt.members.iter().all(|member| member.prepared) {
-            return;
-        }
-        attempt.stage = Stage::Training;
-        attempt.training_since = Some(now);
-        attempt.reported = now;
-        let sessions: Vec<SessionId> = attempt.members.iter().map(|member| member.session).collect();
+        group.stage = Stage::Training;
+        group.reported = now;
+        group.members.iter_mut().for_each(|member| member.has_state = true);
+        let sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
+        run.training_since = Some(now);
         run.record.status = RunStatus::Running;
         for &session in &sessions {
             if let Some(worker) = self.members.get_mut(session) {
                 worker.progressed = now;
             }
-            self.out.push(Action::Direct { session, directive: Directive::Start(fence.clone()) });
+            self.direct(session, Directive::Start(fence.clone()));
+            self.tell_kept(session, &fence.run, false);
         }
         let many = if sessions.len() == 1 {
             "1 worker trains".to_owned()
@@ -148,62 +135,84 @@ impl Cluster {
         self.save(&fence.run, false);
     }
 
+    /// All workers of a run leave: they write a checkpoint first, then the run waits for another one.
+    pub(crate) fn pause(&mut self, name: &str) {
+        let message = "all workers leave: they end the step and write a checkpoint first";
+        self.record(name, "pausing", "", message.to_owned());
+        let Some(run) = self.runs.get_mut(name) else { return };
+        run.pausing = true;
+        let fence = run.fence();
+        let sessions: Vec<SessionId> =
+            run.group.iter().flat_map(|group| &group.members).map(|member| member.session).collect();
+        for session in sessions {
+            self.direct(session, Directive::Stop(fence.clone()));
+        }
+    }
+
     /// Notes that a member is through; the last one ends the run.
     pub(crate) fn on_member_ended(&mut self, session: SessionId, end: MemberEnd) {
         let name = end.fence.run.clone();
         let Some((run, rank)) = self.fenced("RunEnded", session, &end.fence) else { return };
-        let Some(attempt) = &mut run.attempt else { return };
-        if attempt.stage != Stage::Training {
+        let Some(group) = &mut run.group else { return };
+        if !matches!(group.stage, Stage::Training | Stage::Forming) {
             return;
         }
-        attempt.members[rank].ended = Some(end);
+        group.members[rank].ended = Some(end);
         self.try_flush(&name);
     }
 
     /// When all members are through and all their work is stored, the last files are written.
     pub(crate) fn try_flush(&mut self, name: &str) {
         let Some(run) = self.runs.get(name) else { return };
-        let Some(attempt) = &run.attempt else { return };
-        let through = attempt.stage == Stage::Training
-            && attempt.members.iter().all(|member| member.ended.is_some())
-            && attempt.committing.is_empty()
-            && attempt.storing.is_empty();
+        let Some(group) = &run.group else { return };
+        let through = matches!(group.stage, Stage::Training | Stage::Forming)
+            && group.members.iter().all(|member| member.ended.is_some())
+            && run.results.committing.is_empty()
+            && run.results.storing.is_empty();
         if !through {
             return;
         }
-        if let Err(cause) = check_end(run) {
-            return self.fail(name, &cause);
+        match check_end(run) {
+            Ok(true) => {}
+            // After an absence of the coordinator, results may come behind the news of the end.
+            Ok(false) => return,
+            Err(cause) => return self.fail(name, &cause),
         }
         let fence = run.fence();
-        for (step, _) in attempt.open_grids.keys().copied().collect::<Vec<_>>() {
+        for (step, _) in run.results.open_grids.keys().copied().collect::<Vec<_>>() {
             self.record(name, "sample_lost", "", format!("the grid of step {step} never became whole"));
         }
-        self.release_members(name, None);
         let now = self.now;
         let Some(run) = self.runs.get_mut(name) else { return };
-        run.record.elapsed_ms = run.elapsed_ms(now);
-        let Some(attempt) = &mut run.attempt else { return };
-        attempt.training_since = None;
-        attempt.stage = Stage::Flushing;
+        run.stop_clock(now);
+        if let Some(group) = &mut run.group {
+            group.stage = Stage::Flushing;
+            group.suspicion = None;
+        }
         self.out.push(Action::FlushRun { fence });
     }
 
     /// Everything is stored: the run has succeeded, or stopped as asked.
     pub(crate) fn on_flushed(&mut self, fence: &Fence, outcome: Result<(), String>) {
         let Some(run) = self.runs.get_mut(&fence.run) else { return };
-        let flushing = run.attempt.as_ref().is_some_and(|attempt| attempt.stage == Stage::Flushing);
-        if !flushing || run.record.generation != fence.generation {
+        let Some(group) = run.group.as_mut().filter(|group| group.stage == Stage::Flushing) else { return };
+        if run.record.generation != fence.generation {
             return;
         }
         if let Err(error) = outcome {
             return self.fail(&fence.run, &format!("the run's results could not be stored: {error}"));
         }
-        let Some(end) = run.attempt.take().and_then(|mut attempt| attempt.members.remove(0).ended) else {
-            return;
-        };
+        let Some(end) = group.members.first_mut().and_then(|member| member.ended.take()) else { return };
+        let completed = end.outcome == Outcome::Completed;
+        if run.pausing && !completed {
+            return self.wait_for_workers(&fence.run, "the last worker left");
+        }
+        self.release_members(&fence.run, None);
+        let Some(run) = self.runs.get_mut(&fence.run) else { return };
+        run.group = None;
         let seconds = run.record.elapsed_ms as f64 / 1000.0;
         run.record.weights_sha256 = end.weights_sha256;
-        let (status, kind, message) = if end.outcome == Outcome::Completed {
+        let (status, kind, message) = if completed {
             (RunStatus::Succeeded, "succeeded", format!("all {} steps are done, in {seconds:.1} s", end.step))
         } else {
             let name = &fence.run;
@@ -215,43 +224,21 @@ impl Cluster {
         self.close(&fence.run, kind, message);
     }
 
-    /// A member failed by itself, or lost a peer: then news of the culprit is awaited for a moment.
-    pub(crate) fn on_member_failed(&mut self, session: SessionId, failure: MemberFailure) {
-        let now = self.now;
-        let Some((run, rank)) = self.fenced("RunFailed", session, &failure.fence) else { return };
-        let step = run.record.step.max(failure.step);
-        let Some(attempt) = &mut run.attempt else { return };
-        let member = &attempt.members[rank];
-        let (name, introduction) = (member.name.clone(), member.introduction.clone());
-        if failure.peer_lost {
-            if attempt.suspicion.is_none() {
-                let suspect =
-                    failure.suspect_rank.map(|rank| rank as usize).filter(|&suspect| suspect != rank);
-                let message = failure.message.clone();
-                attempt.suspicion = Some(Suspicion { since: now, step, reporter: rank, suspect, message });
-            }
-            return self.record(&failure.fence.run, "link_lost", &name, failure.message);
-        }
-        let phase = if failure.phase.is_empty() { String::new() } else { format!(" ({})", failure.phase) };
-        let cause = format!("{introduction} failed at step {step}{phase}: {}", failure.message);
-        self.fail(&failure.fence.run, &cause);
-    }
-
     /// Something of the run cannot be written.
     pub(crate) fn on_store_failed(&mut self, name: &str, message: &str) {
         let Some(run) = self.runs.get(name) else { return };
-        if run.attempt.is_some() {
+        if run.group.is_some() {
             self.fail(name, &format!("the run's files could not be stored: {message}"));
         }
     }
 }
 
-/// The members agree on the end, and its checkpoint exists.
-fn check_end(run: &Run) -> Result<(), String> {
-    let members = run.attempt.iter().flat_map(|attempt| &attempt.members);
+/// Whether the metrics up to the end and its checkpoint are here. An error if the members do not agree on it.
+fn check_end(run: &Run) -> Result<bool, String> {
+    let members = run.group.iter().flat_map(|group| &group.members);
     let ends: Vec<(&str, &MemberEnd)> =
         members.filter_map(|member| Some((member.introduction.as_str(), member.ended.as_ref()?))).collect();
-    let Some((first_name, first)) = ends.first() else { return Ok(()) };
+    let Some((first_name, first)) = ends.first() else { return Ok(false) };
     for (name, end) in &ends {
         if (end.step, end.outcome) != (first.step, first.outcome) {
             return Err(format!(
@@ -261,16 +248,12 @@ fn check_end(run: &Run) -> Result<(), String> {
         }
     }
     let due: Step = if first.outcome == Outcome::Completed { run.record.target_steps } else { first.step };
-    if first.step != due || run.record.step != first.step {
+    if first.step != due || run.record.step > first.step {
         let reported = run.record.step;
         return Err(format!(
             "the members ended at step {}, but step {reported} was reported last",
             first.step
         ));
     }
-    let checkpointed = run.record.checkpoint.as_ref().is_some_and(|mark| mark.step == first.step);
-    if first.step > 0 && !checkpointed {
-        return Err(format!("the members ended at step {} without a checkpoint of it", first.step));
-    }
-    Ok(())
+    Ok(run.has_results_of(first.step))
 }

@@ -26,8 +26,21 @@ pub struct Worker {
     pub progressed: Timestamp,
     /// Its last heartbeat.
     pub progress: Option<Progress>,
-    /// The run that it is a member of.
+    /// The run that it is a member of, or will be.
     pub assigned: Option<Fence>,
+    /// It gets no more work, and is told when it may go if it wants to go itself.
+    pub leaving: Option<Leaving>,
+    /// It gets no work before this: links to it broke.
+    pub rests_until: Timestamp,
+}
+
+/// Why a worker gets no more work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leaving {
+    /// It was told to stop, and goes when its group can do without it.
+    Goodbye,
+    /// A person drained it; it stays connected.
+    Drained,
 }
 
 impl Worker {
@@ -58,6 +71,10 @@ impl Membership {
     /// Lets a worker in and returns its name: the one it asks for, or had before, or the first free `worker-N`.
     pub fn join(&mut self, now: Timestamp, session: SessionId, hello: Hello) -> String {
         let name = self.pick_name(&hello);
+        // A new session does not undo what a person or a broken link decided.
+        let before = self.lost.iter().rfind(|gone| gone.worker.hello.process_id == hello.process_id);
+        let leaving = before.and_then(|gone| gone.worker.leaving).filter(|&why| why == Leaving::Drained);
+        let rests_until = before.map_or_else(Timestamp::default, |gone| gone.worker.rests_until);
         self.lost.retain(|gone| gone.worker.name != name);
         let (connected, heard, progressed) = (now, now, now);
         let worker = Worker {
@@ -68,6 +85,8 @@ impl Membership {
             progressed,
             progress: None,
             assigned: None,
+            leaving,
+            rests_until,
         };
         self.workers.insert(session, worker);
         name
@@ -113,10 +132,23 @@ impl Membership {
         self.lost.iter()
     }
 
-    /// Sessions without a run, in the order in which they came.
+    /// Sessions that can be given work, in the order in which they came: without a run, heard of within
+    /// `lately_ms`, neither leaving nor resting.
     #[must_use]
-    pub fn idle(&self) -> Vec<SessionId> {
-        self.iter().filter(|(_, worker)| worker.assigned.is_none()).map(|(session, _)| session).collect()
+    pub fn idle(&self, now: Timestamp, lately_ms: u64) -> Vec<SessionId> {
+        let idle = |worker: &Worker| {
+            worker.assigned.is_none()
+                && worker.leaving.is_none()
+                && worker.rests_until <= now
+                && now.since_ms(worker.heard) <= lately_ms
+        };
+        self.iter().filter(|(_, worker)| idle(worker)).map(|(session, _)| session).collect()
+    }
+
+    /// When the next worker has rested, if one rests.
+    #[must_use]
+    pub fn next_rested(&self, now: Timestamp) -> Option<Timestamp> {
+        self.iter().map(|(_, worker)| worker.rests_until).filter(|&at| at > now).min()
     }
 
     /// Number of connected workers.
@@ -176,6 +208,7 @@ mod tests {
             pid: 1,
             device: "cpu".into(),
             threads: 1,
+            membership: None,
         }
     }
 

@@ -23,6 +23,8 @@ pub enum Purpose {
     DatasetShuffle = 5,
     /// Drawn faces of `dataset synth`; keyed by image.
     SynthImage = 6,
+    /// Entries of the ledger; keyed by step (as seed), slot and image.
+    Ledger = 7,
 }
 
 /// A stream of numbers that is a pure function of its key.

@@ -27,6 +27,8 @@ pub enum RunStatus {
     Succeeded,
     /// Ended by a failure; can be resumed.
     Failed,
+    /// Lost its last worker; goes on by itself when one comes.
+    Waiting,
 }
 
 impl RunStatus {
@@ -65,6 +67,22 @@ pub struct CheckpointMark {
     pub weights_sha256: String,
 }
 
+/// A checkpoint of another run, where a run starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// Name of the run.
+    pub run: String,
+    /// Finished steps.
+    pub step: Step,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}@{}", self.run, self.step)
+    }
+}
+
 /// `run.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -85,15 +103,24 @@ pub struct RunRecord {
     pub queued: Timestamp,
     /// Where it stands.
     pub status: RunStatus,
-    /// The last one given out, rising with every member list.
+    /// The one in force, rising with every member list.
     pub generation: Generation,
+    /// Generations up to this one may have been given out: a restarted coordinator goes on above it.
+    #[serde(default)]
+    pub generations_reserved: Generation,
+    /// The generation that went on from the seed or a checkpoint last: older ones are of another past.
+    #[serde(default)]
+    pub lineage: Generation,
+    /// The checkpoint of another run that it started from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Finished steps.
     pub step: Step,
     /// Steps of the whole run.
     pub target_steps: Step,
-    /// Training time, all attempts together.
+    /// Training time, all groups together.
     pub elapsed_ms: u64,
-    /// Members of the last attempt.
+    /// Members of the last group.
     pub workers: u32,
     /// Recent seconds from step to step with that many workers.
     pub pace_s: Option<f64>,

@@ -3,11 +3,11 @@
 use crate::cluster::Cluster;
 use crate::config::RunConfig;
 use crate::dataset::DatasetManifest;
-use crate::event::{Action, Directive, Refusal, RequestId, Submission};
+use crate::event::{Action, Directive, OriginCheckpoint, Refusal, RequestId, Submission};
 use crate::ids::Generation;
 use crate::names;
-use crate::record::{CheckpointMark, DatasetFacts, RUN_FORMAT, RunRecord, RunStatus};
-use crate::run::{Run, Stage};
+use crate::record::{DatasetFacts, RUN_FORMAT, RunRecord, RunStatus};
+use crate::run::Run;
 
 /// Runs that may wait; more is a script gone wild.
 const MAX_QUEUE: usize = 1_000;
@@ -46,6 +46,9 @@ impl Cluster {
     /// A bad name, or a configuration that does not go with the dataset.
     pub fn record_for(&self, submission: &Submission) -> Result<RunRecord, Refusal> {
         let dataset = Self::facts(&submission.config, &submission.dataset)?;
+        if let Some(origin) = &submission.origin {
+            check_origin(origin, &submission.config, &dataset)?;
+        }
         let [high, low] = submission.random;
         Ok(RunRecord {
             format: RUN_FORMAT,
@@ -58,7 +61,10 @@ impl Cluster {
             queued: self.now,
             status: RunStatus::Queued,
             generation: Generation(0),
-            step: 0,
+            generations_reserved: Generation(0),
+            lineage: Generation(0),
+            step: submission.origin.as_ref().map_or(0, |origin| origin.mark.step),
+            origin: submission.origin.as_ref().map(|given| given.mark.clone()),
             elapsed_ms: 0,
             workers: 0,
             pace_s: None,
@@ -131,14 +137,19 @@ impl Cluster {
                 self.end_untrained(name, "stopped before it started");
                 Ok(())
             }
+            RunStatus::Waiting => {
+                self.queue.retain(|queued| queued != name);
+                self.end_untrained(name, "stopped while it waited for workers");
+                Ok(())
+            }
             RunStatus::Running => {
                 run.record.status = RunStatus::Stopping;
                 let fence = run.fence();
-                let members = run.attempt.iter().flat_map(|attempt| &attempt.members);
+                let members = run.group.iter().flat_map(|group| &group.members);
                 let sessions: Vec<_> =
                     members.filter(|member| member.ended.is_none()).map(|member| member.session).collect();
                 for session in sessions {
-                    self.out.push(Action::Direct { session, directive: Directive::Stop(fence.clone()) });
+                    self.direct(session, Directive::Stop(fence.clone()));
                 }
                 self.record(
                     name,
@@ -157,7 +168,8 @@ impl Cluster {
 
     fn end_untrained(&mut self, name: &str, message: &str) {
         let Some(run) = self.runs.get_mut(name) else { return };
-        run.attempt = None;
+        run.group = None;
+        run.reunion = None;
         run.record.status = RunStatus::Stopped;
         self.close(name, "stopped", message.to_owned());
     }
@@ -178,6 +190,11 @@ impl Cluster {
                 return refused(format!("run {name} has succeeded: all its {steps} steps are done"));
             }
             RunStatus::Queued => return refused(format!("run {name} is in the queue already")),
+            RunStatus::Waiting => {
+                return refused(format!(
+                    "run {name} waits for workers, and goes on by itself when one comes"
+                ));
+            }
             _ => return refused(format!("run {name} is running")),
         }
         if dataset.digest != run.record.dataset.digest {
@@ -190,29 +207,16 @@ impl Cluster {
         run.record.queued = now;
         run.record.error.clear();
         run.record.weights_sha256.clear();
-        run.record.step = run.record.checkpoint.as_ref().map_or(0, |mark| mark.step);
+        run.unfit.clear();
+        run.pausing = false;
+        run.last_cut = None;
+        run.record.step = run.beginning().0;
         let message = format!("goes on from step {}", run.record.step);
         self.queue.push_back(name.to_owned());
         self.record(name, "resumed", "", message);
         self.save(name, false);
         self.queue_changed();
         Ok(())
-    }
-
-    /// Takes in a run that the store holds. The checkpoints that are there count, not the record's word.
-    pub(crate) fn on_recovered(&mut self, mut record: RunRecord, checkpoint: Option<CheckpointMark>) {
-        let name = record.name.clone();
-        let status = record.status;
-        record.checkpoint = checkpoint;
-        self.runs.insert(name.clone(), Run::new(record, None));
-        if status == RunStatus::Queued {
-            let queued = |name: &String| self.runs.get(name).map(|run| (run.record.queued, name.clone()));
-            let key = queued(&name);
-            let place = self.queue.iter().take_while(|other| queued(other) <= key).count();
-            self.queue.insert(place, name);
-        } else if status.is_active() {
-            self.fail(&name, "the coordinator was restarted while the run was at work");
-        }
     }
 
     /// The full name behind a prefix.
@@ -230,9 +234,39 @@ impl Cluster {
     pub(crate) fn answer(&mut self, request: RequestId, result: Result<String, Refusal>) {
         self.out.push(Action::Answer { request, result });
     }
+}
 
-    /// Whether a run's group has been told to train.
-    pub(crate) fn is_training(run: &Run) -> bool {
-        run.attempt.as_ref().is_some_and(|attempt| attempt.stage == Stage::Training)
+/// A fork goes on with the images and the noise of its origin, so what decides them stays as it is.
+fn check_origin(
+    origin: &OriginCheckpoint,
+    config: &RunConfig,
+    dataset: &DatasetFacts,
+) -> Result<(), Refusal> {
+    let OriginCheckpoint { mark, config: before, dataset_digest } = origin;
+    let pairs = [
+        ("recipe", before.recipe.to_string(), config.recipe.to_string()),
+        ("global_batch", before.global_batch.to_string(), config.global_batch.to_string()),
+        ("seed", before.seed.to_string(), config.seed.to_string()),
+    ];
+    if let Some((key, was, is)) = pairs.iter().find(|(_, was, is)| was != is) {
+        return Err(Refusal::Invalid(format!(
+            "{key} is {is}, but the checkpoint {mark} was trained with {was}: a fork keeps recipe, data, global_batch and \
+             seed; leave {key} as it is, or submit a new run"
+        )));
     }
+    if *dataset_digest != dataset.digest {
+        return Err(Refusal::Invalid(format!(
+            "the dataset at {} is not the one that the checkpoint {mark} was trained on; leave data as it is, or submit \
+             a new run",
+            config.data
+        )));
+    }
+    let target = config.target_steps(dataset.steps_per_epoch);
+    if target <= mark.step {
+        return Err(Refusal::Invalid(format!(
+            "the run would end at step {target}, but the checkpoint {mark} is at step {} already; set steps to more",
+            mark.step
+        )));
+    }
+    Ok(())
 }

@@ -1,11 +1,15 @@
-//! [`Run`]: one run's state, and [`Attempt`]: the group of workers that is at it.
+//! [`Run`]: one run's state, with the [`Group`] of workers that is at it and the [`Change`] that comes next.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::event::{CellShape, GridKind, MemberEnd, MetricsLine, RequestId, SessionId, Tile};
-use crate::ids::Step;
-use crate::record::RunRecord;
+use crate::event::{
+    CellShape, Claim, Fence, GridKind, MemberEnd, MetricsLine, Peer, RequestId, SessionId, StateSource,
+    Stored, Tile, Upload,
+};
+use crate::ids::{Generation, Step};
+use crate::record::{RunRecord, RunStatus};
 use crate::slots::SlotRange;
+use crate::stragglers::Pace;
 use crate::time::Timestamp;
 
 /// Weight of the newest step in the running means: about the last 20 steps count.
@@ -24,10 +28,30 @@ pub struct Run {
     pub record: RunRecord,
     /// The newest line of metrics.
     pub last: Option<MetricsLine>,
-    /// Running means of this attempt.
+    /// Running means of the present group.
     pub means: Means,
-    /// Present while the run is active.
-    pub attempt: Option<Attempt>,
+    /// The workers at it.
+    pub group: Option<Group>,
+    /// The group that takes over next.
+    pub change: Option<Change>,
+    /// After a restart, while members come back.
+    pub reunion: Option<Reunion>,
+    /// What is under way to the store.
+    pub results: Results,
+    /// Since when it trains, for the clock that people see.
+    pub training_since: Option<Timestamp>,
+    /// Generations that the store has reserved for sure.
+    pub reserved: Generation,
+    /// No generation up to this one is given out any more.
+    pub floor: Generation,
+    /// A group is to be formed as soon as the store has reserved a generation for it, and why.
+    pub regroup_when_saved: Option<String>,
+    /// It stops with a checkpoint because its last worker leaves, and goes on when another comes.
+    pub pausing: bool,
+    /// The two ends of the last broken link, in the order of their names, and the step at which it broke.
+    pub last_cut: Option<([String; 2], Step)>,
+    /// Workers that failed at this run by themselves, and of what.
+    pub unfit: BTreeMap<String, String>,
     /// The client that waits for the first save.
     pub submitter: Option<RequestId>,
 }
@@ -36,14 +60,81 @@ impl Run {
     /// A run without a group.
     #[must_use]
     pub fn new(record: RunRecord, submitter: Option<RequestId>) -> Self {
-        Self { record, last: None, means: Means::default(), attempt: None, submitter }
+        let reserved = record.generations_reserved;
+        Self {
+            record,
+            last: None,
+            means: Means::default(),
+            group: None,
+            change: None,
+            reunion: None,
+            results: Results::default(),
+            training_since: None,
+            reserved,
+            floor: Generation::default(),
+            regroup_when_saved: None,
+            pausing: false,
+            last_cut: None,
+            unfit: BTreeMap::new(),
+            submitter,
+        }
     }
 
-    /// Training time up to `now`, all attempts together, in milliseconds.
+    /// Training time up to `now`, all groups together, in milliseconds.
     #[must_use]
     pub fn elapsed_ms(&self, now: Timestamp) -> u64 {
-        let running_since = self.attempt.as_ref().and_then(|attempt| attempt.training_since);
-        self.record.elapsed_ms + running_since.map_or(0, |since| now.since_ms(since))
+        self.record.elapsed_ms + self.training_since.map_or(0, |since| now.since_ms(since))
+    }
+
+    /// Stops the clock that people see.
+    pub fn stop_clock(&mut self, now: Timestamp) {
+        self.record.elapsed_ms = self.elapsed_ms(now);
+        self.training_since = None;
+    }
+
+    /// What messages about the present group carry.
+    #[must_use]
+    pub fn fence(&self) -> Fence {
+        Fence { run: self.record.name.clone(), generation: self.record.generation }
+    }
+
+    /// What messages about the next group carry.
+    #[must_use]
+    pub fn change_fence(&self) -> Option<Fence> {
+        let generation = self.change.as_ref()?.generation;
+        Some(Fence { run: self.record.name.clone(), generation })
+    }
+
+    /// Whether its members are to stop after a step: for good, or because all of them leave.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.pausing || self.record.status == RunStatus::Stopping
+    }
+
+    /// Whether all members are through, but the metrics up to the end or its checkpoint are neither here nor
+    /// under way.
+    #[must_use]
+    pub fn lacks_results(&self) -> bool {
+        let Some(group) = &self.group else { return false };
+        let ends: Option<Vec<&MemberEnd>> =
+            group.members.iter().map(|member| member.ended.as_ref()).collect();
+        let Some(end) = ends.as_ref().and_then(|ends| ends.first()) else { return false };
+        self.results.committing.is_empty() && !self.has_results_of(end.step)
+    }
+
+    /// Whether the metrics up to a step and its checkpoint are stored or on their way.
+    #[must_use]
+    pub fn has_results_of(&self, step: Step) -> bool {
+        let checkpointed = self.record.checkpoint.as_ref().is_some_and(|mark| mark.step == step);
+        self.record.step == step && (step == 0 || checkpointed)
+    }
+
+    /// The step that its first group begins with, and where the state for it comes from.
+    #[must_use]
+    pub fn beginning(&self) -> (Step, StateSource) {
+        let own = self.record.checkpoint.as_ref().map(|mark| mark.step);
+        let step = own.or(self.record.origin.as_ref().map(|origin| origin.step));
+        step.map_or((0, StateSource::Fresh), |step| (step, StateSource::Checkpoint(step)))
     }
 }
 
@@ -82,49 +173,36 @@ pub enum Stage {
     /// `run.json` with the new generation is being written; nobody was told yet. So a generation is never
     /// given out twice, even if the coordinator dies here.
     Saving,
-    /// Members load shards and state.
+    /// Members of a first group load shards and state.
     Preparing,
+    /// Members connect their ring and agree on one state.
+    Forming,
     /// Members train, or bring the last step to its end.
     Training,
     /// All members are through; the last files are being written.
     Flushing,
 }
 
-/// A group of workers at a run, under one generation.
+/// The workers at a run, under one generation.
 #[derive(Debug)]
-pub struct Attempt {
+pub struct Group {
     /// How far it is.
     pub stage: Stage,
     /// By rank.
     pub members: Vec<Member>,
-    /// When the members were told to start.
-    pub training_since: Option<Timestamp>,
     /// When the newest step was reported.
     pub reported: Timestamp,
-    /// Grids of which some cells have come.
-    pub open_grids: BTreeMap<(Step, GridKind), OpenGrid>,
-    /// Grids on their way to the store.
-    pub storing: BTreeSet<(Step, GridKind)>,
-    /// Checkpoints whose manifest is being written.
-    pub committing: BTreeSet<Step>,
     /// A broken link whose cause is not known yet.
     pub suspicion: Option<Suspicion>,
+    /// Rank 0 has said that its ring stands.
+    pub formed: bool,
 }
 
-impl Attempt {
+impl Group {
     /// A group that nobody was told of yet.
     #[must_use]
-    pub fn new(now: Timestamp, members: Vec<Member>) -> Self {
-        Self {
-            stage: Stage::Saving,
-            members,
-            training_since: None,
-            reported: now,
-            open_grids: BTreeMap::new(),
-            storing: BTreeSet::new(),
-            committing: BTreeSet::new(),
-            suspicion: None,
-        }
+    pub fn new(now: Timestamp, stage: Stage, members: Vec<Member>) -> Self {
+        Self { stage, members, reported: now, suspicion: None, formed: false }
     }
 
     /// Rank of a session.
@@ -133,16 +211,79 @@ impl Attempt {
         self.members.iter().position(|member| member.session == session)
     }
 
-    /// Adds a tile; returns the grid's pixels when it became whole.
+    /// Whether members have state that a next group can go on with.
+    #[must_use]
+    pub fn has_state(&self) -> bool {
+        matches!(self.stage, Stage::Forming | Stage::Training | Stage::Flushing)
+    }
+}
+
+/// A group that takes over between two steps, when all its members are prepared.
+#[derive(Debug)]
+pub struct Change {
+    /// Its generation.
+    pub generation: Generation,
+    /// By rank.
+    pub members: Vec<Member>,
+    /// Everybody was told to change over.
+    pub started: bool,
+    /// When it was begun.
+    pub since: Timestamp,
+}
+
+impl Change {
+    /// Rank of a session.
+    #[must_use]
+    pub fn rank_of(&self, session: SessionId) -> Option<usize> {
+        self.members.iter().position(|member| member.session == session)
+    }
+}
+
+/// After a restart: members of the group that was at work come back one by one.
+#[derive(Debug)]
+pub struct Reunion {
+    /// Who does not come until then is not waited for.
+    pub until: Timestamp,
+    /// What those who came say.
+    pub claims: BTreeMap<SessionId, Claim>,
+}
+
+/// Results under way to the store, whatever group made them.
+#[derive(Debug, Default)]
+pub struct Results {
+    /// Grids of which some cells have come.
+    pub open_grids: BTreeMap<(Step, GridKind), OpenGrid>,
+    /// Grids on their way to the store.
+    pub storing: BTreeSet<(Step, GridKind)>,
+    /// Checkpoints whose manifest is being written.
+    pub committing: BTreeSet<Step>,
+    /// Checkpoints that came before the metrics up to their step; at most one for each step that is due.
+    pub early: BTreeMap<Step, (SessionId, Upload)>,
+    /// What the store has.
+    pub stored: Stored,
+}
+
+impl Results {
+    /// Whether a grid needs no more tiles.
+    #[must_use]
+    pub fn has_grid(&self, step: Step, kind: GridKind) -> bool {
+        self.storing.contains(&(step, kind))
+            || match kind {
+                GridKind::Generated => self.stored.grids.contains(&step),
+                GridKind::Reals => self.stored.reals,
+            }
+    }
+
+    /// Adds a tile; returns the grid's pixels when it became whole. Tiles of a grid that is whole are repeats.
     ///
     /// # Errors
     /// In words, when the tile does not fit the grid.
     pub fn add_tile(&mut self, tile: &Tile) -> Result<Option<Vec<u8>>, String> {
         let key = (tile.step, tile.kind);
-        if self.storing.contains(&key) {
-            return Err("the grid is whole already".to_owned());
-        }
         let cells = tile_cells(tile)?;
+        if self.has_grid(tile.step, tile.kind) {
+            return Ok(None);
+        }
         if !self.open_grids.contains_key(&key) && self.open_grids.len() >= MAX_OPEN_GRIDS {
             return Err(format!("{MAX_OPEN_GRIDS} grids are begun and not whole"));
         }
@@ -153,6 +294,24 @@ impl Attempt {
         }
         self.storing.insert(key);
         Ok(self.open_grids.remove(&key).map(|grid| grid.pixels))
+    }
+
+    /// A grid lies in the store.
+    pub fn note_stored(&mut self, step: Step, kind: GridKind) {
+        match kind {
+            GridKind::Generated => {
+                self.stored.grids.insert(step);
+            }
+            GridKind::Reals => self.stored.reals = true,
+        }
+    }
+
+    /// Forgets what lies after a step: the run goes on from there.
+    pub fn rewind(&mut self, step: Step) {
+        self.open_grids.retain(|&(at, _), _| at <= step);
+        self.early.clear();
+        self.stored.grids.retain(|&at| at <= step);
+        self.stored.step = self.stored.step.min(step);
     }
 }
 
@@ -212,31 +371,54 @@ impl OpenGrid {
 /// A worker in its group.
 #[derive(Debug, Clone)]
 pub struct Member {
-    /// Its connection.
+    /// Its connection; the last one while it is away.
     pub session: SessionId,
     /// Its name.
     pub name: String,
     /// Name, host and process, for sentences.
     pub introduction: String,
+    /// Unique to its process.
+    pub process_id: String,
     /// Where its collective listens.
     pub ring_address: String,
     /// Its share of the slots.
     pub slots: SlotRange,
-    /// Has everything in memory.
+    /// Can feed its slots, and has its state or will get it.
     pub prepared: bool,
+    /// Has the run's state; one that joins has it when its group stands.
+    pub has_state: bool,
+    /// Its ring is broken; it waits for the next group.
+    pub parked: bool,
+    /// Its session broke, and why; it may come back.
+    pub away: Option<(Timestamp, String)>,
     /// Is through.
     pub ended: Option<MemberEnd>,
+    /// Whether it keeps up with the others.
+    pub(crate) pace: Pace,
 }
 
-/// A survivor reported a broken link; the culprit is not known yet.
+impl Member {
+    /// As its peers know it.
+    #[must_use]
+    pub fn peer(&self) -> Peer {
+        Peer {
+            worker: self.name.clone(),
+            process_id: self.process_id.clone(),
+            ring_address: self.ring_address.clone(),
+            slots: self.slots,
+        }
+    }
+}
+
+/// Survivors reported a broken link; the culprit is not known yet.
 #[derive(Debug, Clone)]
 pub struct Suspicion {
-    /// When it was reported.
-    pub since: Timestamp,
-    /// Finished steps then.
+    /// When the decision is due.
+    pub until: Timestamp,
+    /// Finished steps when it was reported.
     pub step: Step,
-    /// Rank of the reporter.
-    pub reporter: usize,
+    /// Introduction of the reporter.
+    pub reporter: String,
     /// Rank of the peer behind the link.
     pub suspect: Option<usize>,
     /// The reporter's words.

@@ -4,6 +4,9 @@
 //! `slot, slot + B, slot + 2B, ...` as one stream; with B > S the B / S slots of one shard take
 //! turns in it. Since shuffled image `i` lies in shard `i % S`, every stream is long enough for
 //! `floor(images / B)` steps per epoch, and no image comes twice in an epoch.
+//!
+//! The ledger checks that this came true, whoever held the slots: each worker sums [`SlotMap::fed_hash`]
+//! over what it fed, and the workers' sums together must equal [`SlotMap::expected_fed`].
 
 use crate::config::ConfigError;
 use crate::ids::{Slot, Step};
@@ -92,6 +95,41 @@ impl SlotMap {
             index -= images;
         }
         unreachable!("a permutation of a stream's images stays inside the stream")
+    }
+
+    /// [`SlotMap::epoch_order`] of several slots, in their order.
+    #[must_use]
+    pub fn epoch_orders(&self, epoch: u64, slots: SlotRange) -> Vec<EpochOrder> {
+        slots.slots().map(|slot| self.epoch_order(epoch, slot)).collect()
+    }
+
+    /// The ledger's entry for one slot at one step: 32 bits that depend on every bit of the four numbers
+    /// and on nothing else, so that entries of different runs or machines can be compared.
+    ///
+    /// Entries are summed: of up to 65536 slots the sum stays below 2^48. That is below 2^53, so sums travel
+    /// through f64 all-reduces and stay exact.
+    #[must_use]
+    pub fn fed_hash(step: Step, slot: Slot, image: ImageRef) -> u32 {
+        let place = (u64::from(image.shard) << 32) | u64::from(image.index);
+        CounterRng::new(step, Purpose::Ledger, u64::from(slot.0), place).next_u32()
+    }
+
+    /// The sum of the ledger's entries for the slots of `orders` at `step`.
+    ///
+    /// # Panics
+    /// If `step` does not lie in the orders' epoch.
+    #[must_use]
+    pub fn fed_sum(&self, orders: &[EpochOrder], step: Step) -> u64 {
+        let entry = |order: &EpochOrder| u64::from(Self::fed_hash(step, order.slot, self.image(order, step)));
+        orders.iter().map(entry).sum()
+    }
+
+    /// What the entries of all slots at `step` must sum up to. Computes the epoch's orders for it; whoever
+    /// checks many steps keeps [`SlotMap::epoch_orders`] and asks [`SlotMap::fed_sum`].
+    #[must_use]
+    pub fn expected_fed(&self, step: Step) -> u64 {
+        let all = SlotRange { first: 0, count: self.global_batch };
+        self.fed_sum(&self.epoch_orders(self.epoch_of(step), all), step)
     }
 
     fn shards(&self) -> u32 {
@@ -190,6 +228,16 @@ mod tests {
     }
 
     #[test]
+    fn ledger_never_changes_between_versions() {
+        // Written down once. If this fails, workers and coordinators of two versions would accuse each other.
+        let hash = SlotMap::fed_hash(1, Slot(2), ImageRef { shard: 3, index: 4 });
+        assert_eq!(hash, HASH_OF_1_2_3_4);
+        let largest = 65_536 * u64::from(u32::MAX);
+        assert!(largest < 1 << 48, "{largest}");
+    }
+    const HASH_OF_1_2_3_4: u32 = 1_289_070_306;
+
+    #[test]
     fn batch_that_does_not_divide_is_refused() {
         let error = SlotMap::new(48, 0, &round_robin(6400, 64)).unwrap_err();
         assert_eq!(error, ConfigError::BatchAndShards { global_batch: 48, shards: 64 });
@@ -220,6 +268,46 @@ mod tests {
                     prop_assert!(seen.insert(image), "{image:?} came twice");
                 }
             }
+        }
+
+        #[test]
+        fn workers_sums_make_the_expected_sum_and_what_was_fed_wrongly_changes_it(
+            batch_log2 in 1u32..7, world in 1u32..9, seed: u64, step in 0u64..40, picks: (u32, u32),
+        ) {
+            let batch = 1u32 << batch_log2;
+            let map = SlotMap::new(batch, seed, &round_robin(u64::from(batch) * 10, 16)).unwrap();
+            let expected = map.expected_fed(step);
+            let of_worker = |slots| map.fed_sum(&map.epoch_orders(map.epoch_of(step), slots), step);
+            let sum: u64 = split_evenly(batch, world).into_iter().map(of_worker).sum();
+            prop_assert_eq!(sum, expected);
+            prop_assert_eq!(sum as f64 as u64, sum);
+
+            let all = SlotRange { first: 0, count: batch };
+            let fed: Vec<(Slot, ImageRef)> = map
+                .epoch_orders(map.epoch_of(step), all)
+                .iter()
+                .map(|order| (order.slot, map.image(order, step)))
+                .collect();
+            let sum = |fed: &[(Slot, ImageRef)]| -> u64 {
+                fed.iter().map(|&(slot, image)| u64::from(SlotMap::fed_hash(step, slot, image))).sum()
+            };
+            prop_assert_eq!(sum(&fed), expected);
+            let one = (picks.0 % batch) as usize;
+            let other = (one + 1 + (picks.1 % (batch - 1)) as usize) % batch as usize;
+            let mut lost = fed.clone();
+            lost.remove(one);
+            let mut doubled = fed.clone();
+            doubled.push(fed[one]);
+            let mut replaced = fed.clone();
+            replaced[one].1 = fed[other].1;
+            let mut swapped = replaced.clone();
+            swapped[other].1 = fed[one].1;
+            for wrong in [lost, doubled, replaced, swapped] {
+                prop_assert_ne!(sum(&wrong), expected);
+            }
+            // The right images at the wrong time.
+            let late = fed.iter().map(|&(slot, image)| u64::from(SlotMap::fed_hash(step + 1, slot, image)));
+            prop_assert_ne!(late.sum::<u64>(), expected);
         }
 
         #[test]

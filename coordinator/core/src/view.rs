@@ -2,10 +2,10 @@
 
 use crate::cluster::Cluster;
 use crate::event::{MetricsLine, Refusal, SessionId, StepTimes, Submission};
-use crate::membership::Worker;
+use crate::membership::{Leaving, Worker};
 use crate::record::{RunRecord, RunStatus};
 use crate::run::{Means, Run};
-use crate::slots::{SlotRange, split_evenly};
+use crate::slots::SlotRange;
 use crate::time::Timestamp;
 
 /// A run, as lists and `run show` tell it.
@@ -15,7 +15,7 @@ pub struct RunView {
     pub record: RunRecord,
     /// Training time so far.
     pub elapsed_s: f64,
-    /// Newest metrics of this attempt.
+    /// Newest metrics since the run was begun or resumed.
     pub last: Option<MetricsLine>,
     /// Recent means.
     pub means: Means,
@@ -42,7 +42,7 @@ pub struct WorkerView {
     pub device: String,
     /// Compute threads.
     pub threads: u32,
-    /// "idle", "preparing", "training", "lost".
+    /// "idle", "preparing", "joining", "training", "leaving", "drained", "lost".
     pub status: &'static str,
     /// Name of its run, or empty.
     pub run: String,
@@ -114,14 +114,17 @@ impl Cluster {
         let here = self.members.iter().map(|(session, worker)| {
             let fence = worker.assigned.as_ref();
             let run = fence.and_then(|fence| self.runs.get(&fence.run));
-            let attempt = run.and_then(|run| run.attempt.as_ref());
-            let rank = attempt.and_then(|attempt| attempt.rank_of(session));
-            let status = match run.map(|run| run.record.status) {
-                None => "idle",
-                Some(RunStatus::Preparing) => "preparing",
-                Some(_) => "training",
+            let group = run.and_then(|run| run.group.as_ref());
+            let rank = group.and_then(|group| group.rank_of(session));
+            let status = match (run.map(|run| run.record.status), worker.leaving) {
+                (None, None) => "idle",
+                (None, Some(Leaving::Drained)) => "drained",
+                (_, Some(_)) => "leaving",
+                (Some(RunStatus::Preparing), None) => "preparing",
+                (Some(_), None) if rank.is_none() => "joining",
+                (Some(_), None) => "training",
             };
-            let slots = attempt.zip(rank).map(|(attempt, rank)| attempt.members[rank].slots);
+            let slots = group.zip(rank).map(|(group, rank)| group.members[rank].slots);
             let rank = rank.map(|rank| rank as u32);
             WorkerView { status, rank, slots, ..self.worker_view(now, worker) }
         });
@@ -139,14 +142,14 @@ impl Cluster {
     pub fn plan(&self, submission: &Submission) -> Result<(RunView, Plan), Refusal> {
         let mut record = self.record_for(submission)?;
         record.id.clear();
-        let idle = self.members.idle().len() as u32;
+        let idle = self.idle().len() as u32;
         let available = if self.active.is_some() { self.members.len() as u32 } else { idle };
-        let most = record.config.global_batch;
+        let most = record.config.most_workers();
         let workers = record.config.workers.unwrap_or(available.clamp(1, most));
         record.workers = workers;
         let plan = Plan {
             workers,
-            slots_per_worker: split_evenly(most, workers).iter().map(|range| range.count).collect(),
+            slots_per_worker: record.config.shares(workers).iter().map(|range| range.count).collect(),
             eta_s: self.measured_pace_s(&record).map(|pace_s| pace_s * record.target_steps as f64),
             workers_idle: idle,
             runs_ahead: self.queue.len() as u32 + u32::from(self.active.is_some()),
@@ -158,8 +161,8 @@ impl Cluster {
     #[must_use]
     pub fn plan_of(&self, name: &str) -> Option<Plan> {
         let record = &self.runs.get(name)?.record;
-        let idle = self.members.idle().len() as u32;
-        let most = record.config.global_batch;
+        let idle = self.idle().len() as u32;
+        let most = record.config.most_workers();
         let available = (self.members.len() as u32).clamp(1, most);
         let workers = if record.status.is_active() {
             record.workers
@@ -170,7 +173,7 @@ impl Cluster {
         let others = self.active.as_deref().is_some_and(|active| active != name);
         Some(Plan {
             workers,
-            slots_per_worker: split_evenly(most, workers.max(1)).iter().map(|range| range.count).collect(),
+            slots_per_worker: record.config.shares(workers.max(1)).iter().map(|range| range.count).collect(),
             eta_s: self.measured_pace_s(record).map(|pace_s| pace_s * record.target_steps as f64),
             workers_idle: idle,
             runs_ahead: position + u32::from(others),
@@ -210,7 +213,8 @@ impl Cluster {
         if let Some(active) = &self.active {
             return format!("run {active} to end");
         }
-        let wanted = run.record.config.workers.unwrap_or(1);
+        let waits = run.record.status == RunStatus::Waiting;
+        let wanted = run.record.config.workers.filter(|_| !waits).unwrap_or(1);
         let workers = if wanted == 1 { "worker" } else { "workers" };
         match self.members.len() {
             0 => format!("{wanted} {workers} (none is connected)"),

@@ -5,11 +5,14 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
 use support::*;
 use takuma_core::event::*;
+use takuma_core::ids::Generation;
+use takuma_core::record::RunRecord;
 use takuma_core::time::Timestamp;
 
 #[test]
@@ -33,6 +36,9 @@ fn transcripts_replay_as_recorded() {
 
 fn replay(recorded: &str) -> String {
     let mut cluster = cluster();
+    // By worker, what it was told: what it claims when it comes back.
+    let mut told: BTreeMap<String, Vec<Prepare>> = BTreeMap::new();
+    let mut saved: BTreeMap<String, RunRecord> = BTreeMap::new();
     let mut replayed = String::new();
     for line in recorded.lines().filter(|line| !line.starts_with("  ")) {
         writeln!(replayed, "{line}").unwrap();
@@ -41,7 +47,23 @@ fn replay(recorded: &str) -> String {
         }
         let words: Vec<&str> = line.split(' ').collect();
         let now = Timestamp(words[0].parse().expect("a line begins with milliseconds"));
-        for action in cluster.apply(now, event(&words[1..])) {
+        let actions = if words[1] == "restart" {
+            cluster = support::cluster();
+            recovered(&words[1..], &saved).flat_map(|event| cluster.apply(now, event)).collect()
+        } else {
+            cluster.apply(now, event(&words[1..], &told, &saved))
+        };
+        for action in actions {
+            match &action {
+                Action::Direct { directive: Directive::Prepare(prepare), .. } => {
+                    let worker = prepare.members[prepare.rank as usize].worker.clone();
+                    told.entry(worker).or_default().push((**prepare).clone());
+                }
+                Action::SaveRun { record, .. } => {
+                    saved.insert(record.name.clone(), (**record).clone());
+                }
+                _ => {}
+            }
             if !matches!(action, Action::PublishRun { .. }) {
                 writeln!(replayed, "  {}", tell(&action)).unwrap();
             }
@@ -50,39 +72,55 @@ fn replay(recorded: &str) -> String {
     replayed
 }
 
+/// `restart 3 2`: the coordinator comes back and finds the metrics of 3 steps and the checkpoint of step 2.
+fn recovered(words: &[&str], saved: &BTreeMap<String, RunRecord>) -> impl Iterator<Item = Event> {
+    let stored = Stored { step: number(words[1]), ..Stored::default() };
+    let checkpoint = words.get(2).map(|word| mark(number(word)));
+    saved.values().map(move |record| {
+        let (record, stored) = (Box::new(record.clone()), stored.clone());
+        Event::RunRecovered { record, checkpoint: checkpoint.clone(), stored }
+    })
+}
+
+/// `return s3 a [parked] [g4] [to g5]`: the newest group that it was told of, or that of a generation.
+fn returning(words: &[&str], told: &BTreeMap<String, Vec<Prepare>>) -> Event {
+    let prepares = &told[words[2]];
+    let word_after = |word: &str| words.iter().position(|given| *given == word).map(|at| words[at + 1]);
+    let changes_to = word_after("to").map(|word| Generation(number(word)));
+    let generation = words[3..].iter().find(|word| word.starts_with('g')).map(|word| number(word));
+    let generation = generation.filter(|&generation| changes_to != Some(Generation(generation)));
+    let of = |generation: u64| prepares.iter().find(|prepare| prepare.fence.generation.0 == generation);
+    let prepare = generation.map_or(prepares.last(), of).expect("it was told of that group");
+    let claim = Claim { changes_to, ..claim(prepare, words.contains(&"parked")) };
+    let process_id = prepare.members[prepare.rank as usize].process_id.clone();
+    let hello = Hello { process_id, membership: Some(claim), ..hello(words[2]) };
+    Event::WorkerConnected { session: SessionId(number(words[1])), hello }
+}
+
 /// `s1` -> 1, `g2` -> 2, `4` -> 4.
 fn number(word: &str) -> u64 {
     word.trim_start_matches(['s', 'g']).parse().unwrap_or_else(|_| panic!("'{word}' is no number"))
 }
 
-fn event(words: &[&str]) -> Event {
+fn event(
+    words: &[&str],
+    told: &BTreeMap<String, Vec<Prepare>>,
+    saved: &BTreeMap<String, RunRecord>,
+) -> Event {
     let session = |at: usize| SessionId(number(words[at]));
     let fenced = |at: usize| fence(words[at], number(words[at + 1]));
-    let request = RequestId(1);
     let outcome = |at: usize| words.get(at).map_or(Ok(()), |_| Err(words[at..].join(" ")));
     match words[0] {
         "join" => WorkerIn { session: session(1), name: words[2] }.event(),
-        "beat" => {
-            let progress = Progress {
-                fence: fence("", 0),
-                step: number(words[2]),
-                phase: "d".into(),
-                times: StepTimes::default(),
-            };
-            Event::HeartbeatReceived { session: session(1), progress }
+        "return" => returning(words, told),
+        "saved" => {
+            let (fence, outcome) = (fenced(1), outcome(3));
+            let reserved = saved[words[1]].generations_reserved;
+            Event::RunSaved { fence, reserved, outcome }
         }
-        "submit" => {
-            let workers = words.get(3).map(|word| number(word) as u32);
-            Event::RunSubmitted { request, submission: submission(words[1], number(words[2]), workers) }
-        }
-        "saved" => Event::RunSaved { fence: fenced(1), outcome: outcome(3) },
-        "prepared" => Event::MemberPrepared { session: session(1), fence: fenced(2) },
-        "step" => {
-            Event::StepReported { session: session(1), report: step_report(fenced(2), number(words[4])) }
-        }
-        "tile" => {
-            let (first, cells) = (number(words[5]) as u32, number(words[6]) as u32);
-            Event::TileReceived { session: session(1), tile: tile(fenced(2), number(words[4]), first, cells) }
+        "stored" => {
+            let lineage = Generation(number(words[2]));
+            Event::MetricsStored { run: words[1].into(), step: number(words[3]), lineage }
         }
         "grid" => Event::GridSettled {
             fence: fenced(1),
@@ -90,32 +128,71 @@ fn event(words: &[&str]) -> Event {
             step: number(words[3]),
             outcome: outcome(4),
         },
-        "upload" => {
-            Event::CheckpointUploaded { session: session(1), upload: upload(fenced(2), number(words[4])) }
-        }
         "committed" => {
             Event::CheckpointSettled { fence: fenced(1), mark: mark(number(words[3])), outcome: outcome(4) }
         }
-        "completed" => {
-            let end = member_end(fenced(2), Outcome::Completed, number(words[4]));
-            Event::MemberEnded { session: session(1), end }
-        }
-        "halted" => {
-            let end = member_end(fenced(2), Outcome::Stopped, number(words[4]));
-            Event::MemberEnded { session: session(1), end }
-        }
         "flushed" => Event::RunFlushed { fence: fenced(1), outcome: outcome(3) },
-        "fails" => Event::MemberFailed { session: session(1), failure: failure(fenced(2), false, None) },
-        "loses-peer" => {
-            let suspect = Some(number(words[4]) as u32);
-            Event::MemberFailed { session: session(1), failure: failure(fenced(2), true, suspect) }
-        }
-        "bye" => Event::WorkerLeft { session: session(1), reason: words[2..].join(" ") },
+        "leaves" => Event::WorkerLeaves { session: session(1), reason: "SIGTERM".into(), at_once: false },
+        "bye" => Event::WorkerLeaves { session: session(1), reason: words[2..].join(" "), at_once: true },
         "gone" => Event::SessionEnded { session: session(1), reason: "its connection closed".into() },
-        "stop" => Event::StopRequested { request, run: words[1].into() },
-        "resume" => Event::ResumeRequested { request, run: words[1].into(), dataset: dataset() },
         "shutdown" => Event::ShutDown,
         "tick" => Event::Ticked,
+        "submit" | "fork" | "stop" | "resume" | "drain" => request(words),
+        _ => member_event(words),
+    }
+}
+
+/// What a client asks for.
+fn request(words: &[&str]) -> Event {
+    let request = RequestId(1);
+    match words[0] {
+        "submit" => {
+            let workers = words.get(3).map(|word| number(word) as u32);
+            Event::RunSubmitted { request, submission: submission(words[1], number(words[2]), workers) }
+        }
+        "fork" => {
+            let mut submission = submission(words[1], number(words[2]), None);
+            submission.origin = Some(origin(words[3], number(words[4])));
+            Event::RunSubmitted { request, submission }
+        }
+        "stop" => Event::StopRequested { request, run: words[1].into() },
+        "resume" => Event::ResumeRequested { request, run: words[1].into(), dataset: dataset() },
+        _ => Event::DrainRequested { request, worker: words[1].into() },
+    }
+}
+
+/// What a worker sends: `step s1 calm g1 4`.
+fn member_event(words: &[&str]) -> Event {
+    let session = SessionId(number(words[1]));
+    let fenced = || fence(words[2], number(words[3]));
+    let step = || number(words[4]);
+    let failed = |kind| Event::MemberFailed { session, failure: failure(fenced(), kind) };
+    match words[0] {
+        "beat" => {
+            let (fence, step, times) = (fence("", 0), number(words[2]), StepTimes::default());
+            let progress = Progress { fence, step, phase: "d".into(), times };
+            Event::HeartbeatReceived { session, progress }
+        }
+        // `works s1 calm g1 STEP COMPUTE_MS DATA_MS`
+        "works" => {
+            let [compute_s, data_s] = [5, 6].map(|at| number(words[at]) as f64 / 1000.0);
+            let times = StepTimes { compute_s, data_s, exchange_s: 0.0 };
+            let progress = Progress { fence: fenced(), step: step(), phase: "d".into(), times };
+            Event::HeartbeatReceived { session, progress }
+        }
+        "prepared" => Event::MemberPrepared { session, fence: fenced() },
+        "formed" => Event::GroupFormed { session, formed: formed(fenced(), step()) },
+        "step" => Event::StepReported { session, report: step_report(fenced(), step()) },
+        "tile" => {
+            let (first, cells) = (number(words[5]) as u32, number(words[6]) as u32);
+            Event::TileReceived { session, tile: tile(fenced(), step(), first, cells) }
+        }
+        "upload" => Event::CheckpointUploaded { session, upload: upload(fenced(), step()) },
+        "completed" => Event::MemberEnded { session, end: member_end(fenced(), Outcome::Completed, step()) },
+        "halted" => Event::MemberEnded { session, end: member_end(fenced(), Outcome::Stopped, step()) },
+        "fails" => failed(FailureKind::Local),
+        "breaks" => failed(FailureKind::Run),
+        "loses-peer" => failed(FailureKind::PeerLost { suspect: Some(step() as u32) }),
         other => panic!("'{other}' is no event"),
     }
 }

@@ -73,19 +73,19 @@ impl LineFile {
         (self.stored_bytes != self.content.len()).then(|| self.stored + period)
     }
 
-    /// Stores the content, if the store lacks any of it.
+    /// Stores the content, if the store lacks any of it; `false` if it had all.
     ///
     /// # Errors
     /// The store's last error, in words.
-    pub async fn flush(&mut self, store: &Store, patience: &Patience) -> Result<(), String> {
+    pub async fn flush(&mut self, store: &Store, patience: &Patience) -> Result<bool, String> {
         if self.stored_bytes == self.content.len() {
-            return Ok(());
+            return Ok(false);
         }
         let content = Bytes::copy_from_slice(&self.content);
         persist(patience, || store.put(self.object, content.clone())).await?;
         self.stored_bytes = self.content.len();
         self.stored = Instant::now();
-        Ok(())
+        Ok(true)
     }
 }
 

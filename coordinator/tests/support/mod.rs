@@ -3,26 +3,25 @@
 
 #![allow(dead_code)] // Each test program uses its part.
 
+mod worker;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use takuma_coordinator::{Options, ServerError};
-use takuma_core::checkpoint::CHECKPOINT_PARTS;
 use takuma_core::config::{Recipe, RunConfig};
 use takuma_core::dataset::{DATASET_FORMAT, DatasetManifest, ShardEntry};
-use takuma_proto::v1::cluster_client::ClusterClient;
 use takuma_proto::v1::control_client::ControlClient;
-use takuma_proto::v1::worker_directive::Directive;
-use takuma_proto::v1::worker_message::Message;
 use takuma_proto::{PROTOCOL_VERSION, v1};
 use takuma_store::Store;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+
+#[allow(unused_imports)] // As above.
+pub use worker::{Worker, membership};
 
 /// Long enough for a loaded machine; a test that waits so long has failed.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -138,6 +137,7 @@ impl Server {
             config_json: config.to_json(),
             name: name.into(),
             dry_run: false,
+            ..v1::SubmitRunRequest::default()
         };
         soon("the answer", self.control.submit_run(request)).await.map(tonic::Response::into_inner)
     }
@@ -180,19 +180,46 @@ impl Server {
     }
 
     /// Watches until an event of a kind has come.
-    pub async fn until_event(&mut self, run: &str, kind: &str) {
+    pub async fn until_event(&mut self, run: &str, kind: &str) -> v1::RunEvent {
         let request = v1::WatchRunRequest { run: run.into() };
         let mut updates = soon("the stream", self.control.watch_run(request)).await.unwrap().into_inner();
         loop {
             let update = soon("an update", updates.message()).await.unwrap().expect("the run goes on");
-            if update.events.iter().any(|event| event.kind == kind) {
-                return;
+            if let Some(event) = update.events.into_iter().find(|event| event.kind == kind) {
+                return event;
             }
         }
     }
 
     pub async fn worker(&self, name: &str) -> Worker {
         Worker::join(self.address, name, PROTOCOL_VERSION).await.unwrap()
+    }
+
+    /// A worker that comes back in the middle of `prepare`'s group.
+    pub async fn returning(&self, name: &str, prepare: &v1::Prepare) -> Worker {
+        self.returning_as(name, worker::membership(prepare)).await
+    }
+
+    pub async fn returning_as(&self, name: &str, membership: v1::Membership) -> Worker {
+        Worker::connect(self.address, name, PROTOCOL_VERSION, Some(membership)).await.unwrap()
+    }
+
+    pub async fn drain(&mut self, worker: &str) -> Result<(), Status> {
+        let request = v1::DrainWorkerRequest { worker: worker.into() };
+        soon("the answer", self.control.drain_worker(request)).await.map(|_| ())
+    }
+
+    /// Name and status of every worker.
+    pub async fn workers(&mut self) -> Vec<(String, String)> {
+        let listed = soon("workers", self.control.list_workers(v1::ListWorkersRequest {})).await.unwrap();
+        listed.into_inner().workers.into_iter().map(|worker| (worker.name, worker.status)).collect()
+    }
+
+    /// Steps of the lines of metrics that lie in the store.
+    pub async fn stored_steps(&mut self, run: &str) -> Vec<u64> {
+        let metrics = String::from_utf8(self.read(run, "metrics.jsonl").await.unwrap()).unwrap();
+        let step = |line| serde_json::from_str::<serde_json::Value>(line).unwrap()["step"].as_u64().unwrap();
+        metrics.lines().map(step).collect()
     }
 
     pub async fn read(&mut self, run: &str, object: &str) -> Result<Vec<u8>, Status> {
@@ -206,159 +233,18 @@ impl Server {
     }
 }
 
-/// A worker that does as it is told by the test.
-pub struct Worker {
-    pub name: String,
-    pub outgoing: Option<mpsc::Sender<v1::WorkerMessage>>,
-    pub directives: Streaming<v1::WorkerDirective>,
-    heart: JoinHandle<()>,
-}
-
-impl Worker {
-    pub async fn join(address: SocketAddr, name: &str, protocol_version: u32) -> Result<Self, Status> {
-        let mut client =
-            soon("the connection", ClusterClient::connect(format!("http://{address}"))).await.unwrap();
-        let (outgoing, messages) = mpsc::channel(64);
-        let hello = v1::Hello {
-            protocol_version,
-            software_version: "0.1.0".into(),
-            process_id: format!("process-{name}"),
-            requested_name: name.into(),
-            ring_address: format!("127.0.0.1:1{}", name.len()),
-            host: "testhost".into(),
-            pid: 4242,
-            device: "cpu".into(),
-            threads: 1,
-            libtorch_version: "2.11.0".into(),
-        };
-        outgoing.send(v1::WorkerMessage { message: Some(Message::Hello(hello)) }).await.unwrap();
-        let session = client.session(ReceiverStream::new(messages));
-        let mut directives = soon("the welcome", session).await?.into_inner();
-        let Some(Directive::Welcome(welcome)) = next(&mut directives).await else {
-            panic!("no welcome came")
-        };
-        let mut beats = tokio::time::interval(Duration::from_millis(welcome.heartbeat_interval_ms.into()));
-        let sender = outgoing.clone();
-        let heart = tokio::spawn(async move {
-            loop {
-                beats.tick().await;
-                let beat =
-                    Message::Heartbeat(v1::Heartbeat { phase: "d".into(), ..v1::Heartbeat::default() });
-                if sender.send(v1::WorkerMessage { message: Some(beat) }).await.is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Self { name: welcome.name, outgoing: Some(outgoing), directives, heart })
-    }
-
-    pub async fn send(&self, message: Message) {
-        let outgoing = self.outgoing.as_ref().expect("the worker is connected");
-        let message = v1::WorkerMessage { message: Some(message) };
-        soon("room for a message", outgoing.send(message)).await.unwrap();
-    }
-
-    pub async fn next(&mut self) -> Directive {
-        next(&mut self.directives).await.expect("the session ended")
-    }
-
-    /// Stops the heartbeats and stays connected: what SIGSTOP does.
-    pub fn fall_silent(&self) {
-        self.heart.abort();
-    }
-
-    /// Breaks the connection: what SIGKILL does.
-    pub fn die(self) {
-        self.heart.abort();
-    }
-
-    /// Takes a Prepare, answers it and takes the Start; the last worker's Start needs all to be prepared.
-    pub async fn prepare(&mut self) -> v1::Prepare {
-        let Directive::Prepare(prepare) = self.next().await else { panic!("no Prepare came") };
-        let prepared = v1::Prepared { run: prepare.run.clone(), generation: prepare.generation };
-        self.send(Message::Prepared(prepared)).await;
-        prepare
-    }
-
-    pub async fn start(&mut self) {
-        let Directive::Start(_) = self.next().await else { panic!("no Start came") };
-    }
-
-    pub async fn report(&self, prepare: &v1::Prepare, step: u64) {
-        self.send(Message::StepReport(v1::StepReport {
-            run: prepare.run.clone(),
-            generation: prepare.generation,
-            step,
-            epoch: 0,
-            d_loss: 1.0 / step as f64,
-            g_loss: step as f64,
-            d_acc: 0.5,
-            step_s: 0.5,
-            compute_s: 0.4,
-            data_s: 0.04,
-            exchange_s: 0.06,
-        }))
-        .await;
-    }
-
-    pub async fn tile(&self, prepare: &v1::Prepare, kind: v1::sample_tile::Kind, step: u64) {
-        let share = &prepare.members[prepare.rank as usize];
-        let (height, width, channels) = (64, 64, 3);
-        let cell = |cell: u32| vec![(cell * 3) as u8; (height * width * channels) as usize];
-        self.send(Message::SampleTile(v1::SampleTile {
-            run: prepare.run.clone(),
-            generation: prepare.generation,
-            kind: kind.into(),
-            step,
-            first_cell: share.first_slot,
-            cells_total: 64,
-            height,
-            width,
-            channels,
-            pixels: (share.first_slot..share.first_slot + share.slot_count).flat_map(cell).collect(),
-        }))
-        .await;
-    }
-
-    /// Uploads a checkpoint as rank 0 does, and waits for its commit.
-    pub async fn checkpoint(&mut self, prepare: &v1::Prepare, step: u64) {
-        self.upload(prepare, step).await;
-        self.committed(step).await;
-    }
-
-    pub async fn upload(&self, prepare: &v1::Prepare, step: u64) {
-        let store = Store::open(&prepare.run_url).unwrap().at(&takuma_core::layout::checkpoint_folder(step));
-        let mut parts = Vec::new();
-        for part in CHECKPOINT_PARTS {
-            store.put(part, format!("weights {step}")).await.unwrap();
-            let size_bytes = format!("weights {step}").len() as u64;
-            parts.push(v1::ObjectPart { name: part.into(), size_bytes, sha256: format!("{step:064}") });
-        }
-        let (run, generation) = (prepare.run.clone(), prepare.generation);
-        let weights_sha256 = format!("{step:064}");
-        let uploaded = v1::CheckpointUploaded { run, generation, step, parts, weights_sha256 };
-        self.send(Message::CheckpointUploaded(uploaded)).await;
-    }
-
-    pub async fn committed(&mut self, step: u64) {
-        let directive = self.next().await;
-        assert!(matches!(&directive, Directive::CheckpointCommitted(c) if c.step == step), "{directive:?}");
-    }
-
-    pub async fn end(&self, prepare: &v1::Prepare, outcome: v1::run_ended::Outcome, step: u64) {
-        let (run, generation) = (prepare.run.clone(), prepare.generation);
-        let weights_sha256 = format!("{step:064}");
-        let ended = v1::RunEnded { run, generation, outcome: outcome.into(), step, weights_sha256 };
-        self.send(Message::RunEnded(ended)).await;
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        self.heart.abort();
-    }
-}
-
-async fn next(directives: &mut Streaming<v1::WorkerDirective>) -> Option<Directive> {
-    soon("a directive", directives.message()).await.unwrap().and_then(|message| message.directive)
+/// Two workers at a run that has a checkpoint of step 1 and has finished step 2.
+pub async fn training(server: &mut Server, place: &Place) -> (Worker, Worker, [v1::Prepare; 2]) {
+    let (mut a, mut b) = (server.worker("a").await, server.worker("b").await);
+    server.submit(&place.config(10), "calm-otter-3").await;
+    let prepares = [a.prepare().await, b.prepare().await];
+    a.start().await;
+    b.start().await;
+    a.formed(&prepares[0], 0).await;
+    a.report(&prepares[0], 1).await;
+    a.checkpoint(&prepares[0], 1).await;
+    b.committed(1).await;
+    a.report(&prepares[0], 2).await;
+    server.until("calm-otter-3", |view| view.step == 2).await;
+    (a, b, prepares)
 }

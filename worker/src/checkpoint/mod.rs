@@ -8,5 +8,5 @@ mod snapshot;
 mod upload;
 
 pub use restore::{CheckpointError, Loaded, load};
-pub use snapshot::{Snapshot, restore_into};
+pub use snapshot::{Snapshot, network_tensors, restore_into, restore_network};
 pub use upload::{Finished, Uploader};

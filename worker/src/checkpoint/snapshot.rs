@@ -85,7 +85,14 @@ pub fn restore_into(net: &mut Dcgan, files: &[impl AsRef<[u8]>; 3]) -> Result<()
     .map_err(|error| CheckpointError::Unreadable { part: CHECKPOINT_PARTS[0], reason: error.to_string() })
 }
 
-fn restore_network(
+/// Sets a network's tensors to those of [`network_tensors`]. Call it inside `no_grad`.
+///
+/// # Errors
+/// libtorch's, for tensors of other shapes.
+///
+/// # Panics
+/// If a tensor is missing.
+pub fn restore_network(
     network: &mut impl Network,
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result<(), tch::TchError> {
@@ -115,7 +122,8 @@ fn parts_of(net: &Dcgan) -> [BTreeMap<String, Tensor>; 3] {
     [network_tensors(&state.generator), network_tensors(&state.discriminator), optimizer]
 }
 
-fn network_tensors(network: &dyn Network) -> BTreeMap<String, Tensor> {
+/// Every trained tensor and every running statistic by its PyTorch name. They share the network's memory.
+pub fn network_tensors(network: &dyn Network) -> BTreeMap<String, Tensor> {
     let parameters = network.parameters().into_iter().map(|p| (p.name.clone(), p.tensor.shallow_clone()));
     let buffers = network.norms().into_iter().flat_map(|norm| norm.buffers());
     parameters.chain(buffers).collect()

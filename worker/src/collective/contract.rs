@@ -1,5 +1,7 @@
 //! What every [`Collective`] must do, whatever carries it. Faults of the network are in `ring/faults.rs`.
 
+mod chain;
+
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;

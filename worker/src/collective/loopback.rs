@@ -1,12 +1,19 @@
 //! The group of one: every sum is already there.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use takuma_core::ids::{Generation, Rank};
 
-use super::{AbortHandle, Collective, CollectiveError, PendingReduce};
+use super::{
+    AbortHandle, Collective, CollectiveError, PendingReduce,
+    lanes::{check_bucket, check_row},
+    sum::chain,
+};
 
-/// A group with a single rank. Copies nothing and waits for nobody.
+/// A group with a single rank. Copies nothing and waits for nobody. Takes any number of lanes.
 #[derive(Debug)]
 pub struct Loopback {
     generation: Generation,
@@ -53,7 +60,31 @@ impl Collective for Loopback {
 
     fn start_all_reduce(&self, bucket: Vec<f32>) -> Result<PendingReduce, CollectiveError> {
         self.check("all_reduce of a bucket")?;
-        Ok(PendingReduce::ready(bucket))
+        Ok(PendingReduce::ready(vec![bucket]))
+    }
+
+    fn start_chain_reduce(&self, mut lanes: Vec<Vec<f32>>) -> Result<PendingReduce, CollectiveError> {
+        const OPERATION: &str = "chain_reduce of a bucket";
+        self.check(OPERATION)?;
+        check_bucket(OPERATION, &lanes, None)?;
+        let len = lanes[0].len();
+        chain(&mut lanes, 0..len);
+        Ok(PendingReduce::ready(lanes))
+    }
+
+    fn chain_reduce_f64(&self, lanes: &[f64], out: &mut [f64]) -> Result<(), CollectiveError> {
+        const OPERATION: &str = "chain_reduce";
+        self.check(OPERATION)?;
+        check_row(OPERATION, lanes.len(), out.len(), None)?;
+        let (first, rest) = lanes.split_at(out.len());
+        out.copy_from_slice(first);
+        // An empty lane has no chunks, and then there are no values either.
+        for lane in rest.chunks_exact(out.len().max(1)) {
+            for (sum, value) in out.iter_mut().zip(lane) {
+                *sum += value;
+            }
+        }
+        Ok(())
     }
 
     fn broadcast(&self, root: Rank, _bytes: &mut Vec<u8>) -> Result<(), CollectiveError> {
@@ -76,6 +107,8 @@ impl Collective for Loopback {
     fn barrier(&self) -> Result<(), CollectiveError> {
         self.check("barrier")
     }
+
+    fn set_timeout(&self, _timeout: Duration) {}
 
     fn abort_handle(&self) -> AbortHandle {
         let aborted = Arc::clone(&self.aborted);

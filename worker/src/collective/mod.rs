@@ -11,11 +11,13 @@
 #[cfg(test)]
 mod contract;
 mod error;
+mod lanes;
 mod loopback;
 mod pending;
 pub mod ring;
+mod sum;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 pub use error::CollectiveError;
 pub use loopback::Loopback;
@@ -27,6 +29,11 @@ use takuma_core::ids::{Generation, Rank};
 ///
 /// Sums are taken in an order fixed by rank and position only: every rank gets the same bits, and the
 /// same inputs give the same bits on every run.
+///
+/// The chain operations go further: their bits do not depend on the number of ranks either. The work is
+/// cut into lanes whose number and order are fixed for the run; each rank holds one or more lanes that
+/// follow each other, rank 0 the first ones. The sum is `((l0 + l1) + l2) + ...` over all lanes, every
+/// addition rounded, as one rank alone would take it. Only which NaN a NaN is may differ.
 pub trait Collective: Send + Sync + fmt::Debug {
     /// This worker's place in the group.
     fn rank(&self) -> Rank;
@@ -58,6 +65,31 @@ pub trait Collective: Send + Sync + fmt::Debug {
     /// What ended the group, if it is over.
     fn start_all_reduce(&self, bucket: Vec<f32>) -> Result<PendingReduce, CollectiveError>;
 
+    /// Starts to sum a bucket of gradients over the lanes of all ranks, lane after lane, and returns; the
+    /// sum comes back from [`PendingReduce::wait`]. Shares its channels and its rules with
+    /// [`Collective::start_all_reduce`].
+    ///
+    /// # Shapes
+    /// `lanes`: f32 `[this rank's lanes][len]`, in their order; `len` is the same on all ranks. The sum
+    /// is taken in the first lane's memory.
+    ///
+    /// # Errors
+    /// What ended the group, if it is over; [`CollectiveError::Local`], and the group lives on, if there
+    /// are no lanes, other than the group was formed with, or of different lengths.
+    fn start_chain_reduce(&self, lanes: Vec<Vec<f32>>) -> Result<PendingReduce, CollectiveError>;
+
+    /// Writes into `out` the sum over the lanes of all ranks, lane after lane. Blocking; made for short
+    /// vectors, as [`Collective::all_reduce_f64`] is.
+    ///
+    /// # Shapes
+    /// `lanes`: f64 `[this rank's lanes * len]`, one lane after the other; `out`: f64 `[len]`, the same
+    /// on all ranks.
+    ///
+    /// # Errors
+    /// Any [`CollectiveError`]; `out` is then unspecified. [`CollectiveError::Local`], and the group lives
+    /// on, if `lanes` are not the lanes that the group was formed with.
+    fn chain_reduce_f64(&self, lanes: &[f64], out: &mut [f64]) -> Result<(), CollectiveError>;
+
     /// Gives every rank the bytes that `root` holds. The other ranks' `bytes` are replaced.
     ///
     /// # Errors
@@ -75,6 +107,11 @@ pub trait Collective: Send + Sync + fmt::Debug {
     /// # Errors
     /// Any [`CollectiveError`].
     fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// Sets the longest wait in an operation without a byte from the neighbours, for waits to come and,
+    /// within a quarter of a second, for those under way. It covers the neighbours' computing, so it must
+    /// be above the longest step. Without neighbours nothing waits, and nothing changes.
+    fn set_timeout(&self, timeout: Duration);
 
     /// A handle that ends this group from any thread.
     fn abort_handle(&self) -> AbortHandle;

@@ -4,7 +4,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use super::CollectiveError;
 
-type Outcome = Result<Vec<f32>, CollectiveError>;
+/// Never empty: the sum, then the other lanes' buffers.
+pub(crate) type Lanes = Vec<Vec<f32>>;
+
+type Outcome = Result<Lanes, CollectiveError>;
 
 /// A bucket whose sum was started. Dropping it lets the sum finish unseen.
 #[derive(Debug)]
@@ -13,14 +16,14 @@ pub struct PendingReduce(State);
 
 #[derive(Debug)]
 enum State {
-    Ready(Vec<f32>),
+    Ready(Lanes),
     Waiting(Receiver<Outcome>),
 }
 
 impl PendingReduce {
     /// A sum that is there already.
-    pub(crate) fn ready(bucket: Vec<f32>) -> Self {
-        Self(State::Ready(bucket))
+    pub(crate) fn ready(lanes: Lanes) -> Self {
+        Self(State::Ready(lanes))
     }
 
     /// A sum that another thread will deliver, and where it delivers it.
@@ -29,17 +32,27 @@ impl PendingReduce {
         (deliver, Self(State::Waiting(outcome)))
     }
 
-    /// Waits for the sum and returns the bucket that [`super::Collective::start_all_reduce`] was given,
-    /// summed in place. Bounded by the group's deadline.
+    /// Waits for the sum and returns it, in the bucket that [`super::Collective::start_all_reduce`] was
+    /// given or the first lane that [`super::Collective::start_chain_reduce`] was. Bounded by the group's
+    /// deadline.
     ///
     /// # Errors
     /// What ended the group.
-    pub fn wait(self) -> Outcome {
+    pub fn wait(self) -> Result<Vec<f32>, CollectiveError> {
+        Ok(self.wait_lanes()?.swap_remove(0))
+    }
+
+    /// [`PendingReduce::wait`], and gives back every buffer that was given, to be used again: the sum
+    /// first, then the other lanes in their order with values that mean nothing.
+    ///
+    /// # Errors
+    /// What ended the group.
+    pub fn wait_lanes(self) -> Result<Vec<Vec<f32>>, CollectiveError> {
         match self.0 {
-            State::Ready(bucket) => Ok(bucket),
+            State::Ready(lanes) => Ok(lanes),
             State::Waiting(outcome) => outcome.recv().unwrap_or_else(|_| {
                 Err(CollectiveError::Aborted {
-                    operation: "all_reduce of a bucket".into(),
+                    operation: "the sum of a bucket".into(),
                     reason: "the group was dropped while the bucket was waiting".into(),
                 })
             }),

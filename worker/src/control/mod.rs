@@ -2,6 +2,7 @@
 //!
 //! Knows no tensors: it loads what a run needs, starts the trainer's thread and carries messages.
 
+mod load;
 mod logs;
 mod member;
 mod session;

@@ -1,4 +1,5 @@
-//! The session: Hello, heartbeats, directives; for ever, with full jitter between attempts.
+//! The session: Hello, heartbeats, directives; for ever, with full jitter between attempts. The member
+//! outlives it: without a coordinator training goes on.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,21 +11,19 @@ use takuma_proto::v1::cluster_client::ClusterClient;
 use takuma_proto::v1::worker_directive::Directive;
 use takuma_proto::v1::worker_message::Message;
 use takuma_proto::v1::{
-    Goodbye, Heartbeat, Hello, LogLine, Prepare, Prepared as PreparedMessage, RunEnded, RunFailed, Welcome,
-    WorkerDirective, WorkerMessage,
+    Goodbye, Heartbeat, Hello, LogLine, Prepare, Welcome, WorkerDirective, WorkerMessage,
 };
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Streaming};
 
-use super::logs::{LogForwarder, Place};
-use super::member::{self, MemberError, Outbox, Prepared, Stopper};
+use super::logs::LogForwarder;
+use super::member::{Happening, Member};
 use crate::collective::RingListener;
-use crate::trainer::{Outcome, Progress};
+use crate::trainer::Spool;
 
 /// Messages that wait for the network. Metrics and tiles of many steps fit; beyond it training waits.
 const OUTBOX_MESSAGES: usize = 256;
@@ -34,6 +33,10 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// In a run, because a restarted coordinator waits for its workers.
+const LONGEST_PAUSE_IN_A_RUN: Duration = Duration::from_secs(2);
+/// After SIGTERM: a group gets so long to change over without this worker.
+const LEAVE_GRACE: Duration = Duration::from_secs(12);
 /// Tiles and logs are small; a directive carries a configuration and a member list.
 const LARGEST_MESSAGE_BYTES: usize = 16 << 20;
 
@@ -44,7 +47,7 @@ pub struct Options {
     pub coordinator: String,
     /// Name to ask for; "" lets the coordinator choose.
     pub name: String,
-    /// Host under which peers reach the ring listener; none = the address that the coordinator sees.
+    /// `host` or `host:port` where peers reach the ring listener; none = the address that the coordinator sees.
     pub advertise: Option<String>,
     /// Compute threads.
     pub threads: u32,
@@ -106,13 +109,27 @@ pub async fn serve(
     let mut jitter = CounterRng::new(u64::from(std::process::id()), Purpose::Noise, 0, 0);
     let mut pause = FIRST_PAUSE;
     let mut told = false;
+    // Once given, a name is asked for again: a restarted coordinator knows no names.
+    let mut name = options.name.clone();
+    let mut worker = Worker {
+        member: None,
+        listener: &listener,
+        logs: &logs,
+        log_lines: &mut log_lines,
+        shutdown: &shutdown,
+    };
     while !shutdown.is_cancelled() {
         let begin = Instant::now();
-        let session = Session::open(&endpoint, &options, &listener, &process_id);
+        if let Some(member) = &mut worker.member {
+            member.catch_up();
+        }
+        let session =
+            Session::open(&endpoint, &options, &listener, &process_id, &name, worker.member.as_ref());
         let lost = match session.await {
-            Ok(session) => {
+            Ok(mut session) => {
                 told = false;
-                session.run(&listener, &logs, &mut log_lines, &shutdown).await
+                name.clone_from(&session.name);
+                session.run(&mut worker).await
             }
             Err(lost) => lost,
         };
@@ -124,20 +141,22 @@ pub async fn serve(
             Some(lost) => tracing::debug!("{lost}"),
         }
         told = true;
-        if begin.elapsed() > LONGEST_PAUSE {
+        if begin.elapsed() > LONGEST_PAUSE / 4 {
             pause = FIRST_PAUSE;
         }
         let wait = pause.mul_f32(jitter.uniform_f32());
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        let longest = if worker.member.is_some() { LONGEST_PAUSE_IN_A_RUN } else { LONGEST_PAUSE };
+        pause = (pause * 2).min(longest);
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = shutdown.cancelled() => {}
         }
     }
+    worker.drop_member("this worker was told to stop");
     Ok(())
 }
 
-pub(super) fn wrap(message: Message) -> WorkerMessage {
+fn wrap(message: Message) -> WorkerMessage {
     WorkerMessage { message: Some(message) }
 }
 
@@ -153,23 +172,12 @@ struct Session {
     outbox: Outbox,
     directives: Streaming<WorkerDirective>,
     heartbeat: Duration,
-    member: Option<Member>,
+    /// This worker has said that it wants to go.
+    leaving: bool,
 }
 
-/// The run that this worker is in.
-struct Member {
-    run: String,
-    generation: u64,
-    progress: Arc<Progress>,
-    stopper: Stopper,
-    stage: Stage,
-}
-
-enum Stage {
-    Loading(JoinHandle<Result<Prepared, MemberError>>),
-    Ready(Box<Prepared>),
-    Training(JoinHandle<Result<Outcome, MemberError>>),
-}
+/// Messages on their way to the coordinator.
+type Outbox = mpsc::Sender<WorkerMessage>;
 
 /// What woke the session.
 #[allow(clippy::large_enum_variant, reason = "one at a time, on the stack")]
@@ -177,9 +185,16 @@ enum Wake {
     Directive(Result<Option<WorkerDirective>, tonic::Status>),
     Heartbeat,
     Log(LogLine),
-    Loaded(Result<Prepared, MemberError>),
-    Trained(Result<Outcome, MemberError>),
+    Member(Happening),
+    Results,
     Shutdown,
+    GraceOver,
+}
+
+/// What to do after a wake.
+enum Then {
+    GoOn,
+    Leave,
 }
 
 impl Session {
@@ -188,6 +203,8 @@ impl Session {
         options: &Options,
         listener: &RingListener,
         process_id: &str,
+        name: &str,
+        member: Option<&Member>,
     ) -> Result<Self, Option<Lost>> {
         let unreachable =
             |reason: String| Some(Lost::Connect { address: options.coordinator.clone(), reason });
@@ -197,7 +214,7 @@ impl Session {
             protocol_version: PROTOCOL_VERSION,
             software_version: env!("CARGO_PKG_VERSION").to_owned(),
             process_id: process_id.to_owned(),
-            requested_name: options.name.clone(),
+            requested_name: name.to_owned(),
             ring_address: ring_address(options, listener.local_addr())
                 .await
                 .map_err(|e| unreachable(e.to_string()))?,
@@ -206,6 +223,7 @@ impl Session {
             device: options.device.clone(),
             threads: options.threads,
             libtorch_version: crate::LIBTORCH_VERSION.to_owned(),
+            membership: member.and_then(Member::claim),
         };
         let refused = |status: tonic::Status| Some(refusal(&options.coordinator, &status));
         outbox.send(wrap(Message::Hello(hello))).await.map_err(|_| unreachable("no outbox".to_owned()))?;
@@ -227,172 +245,90 @@ impl Session {
         };
         tracing::info!("joined the coordinator at {} as {name}", options.coordinator);
         let heartbeat = Duration::from_millis(u64::from(heartbeat_interval_ms.max(10)));
-        Ok(Self { name, outbox, directives, heartbeat, member: None })
+        Ok(Self { name, outbox, directives, heartbeat, leaving: false })
     }
 
-    /// Runs until the session ends; `None` after a shutdown.
-    async fn run(
-        mut self,
-        listener: &Arc<RingListener>,
-        logs: &LogForwarder,
-        log_lines: &mut mpsc::Receiver<LogLine>,
-        shutdown: &CancellationToken,
-    ) -> Option<Lost> {
+    /// Runs until the session ends; `None` when the worker may go.
+    async fn run(&mut self, worker: &mut Worker<'_>) -> Option<Lost> {
         let mut beat = interval(self.heartbeat);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let lost = loop {
+        let mut leave_by = None;
+        if let Some(member) = &worker.member {
+            member.spool().rewind();
+        }
+        loop {
+            let spool = worker.member.as_ref().map(|member| member.spool().clone());
             let wake = tokio::select! {
                 directive = self.directives.message() => Wake::Directive(directive),
                 _ = beat.tick() => Wake::Heartbeat,
-                Some(line) = log_lines.recv() => Wake::Log(line),
-                wake = stage_done(&mut self.member) => wake,
-                () = shutdown.cancelled() => Wake::Shutdown,
+                Some(line) = worker.log_lines.recv() => Wake::Log(line),
+                happening = happening(&mut worker.member) => Wake::Member(happening),
+                () = results(spool) => Wake::Results,
+                () = worker.shutdown.cancelled(), if !self.leaving => Wake::Shutdown,
+                () = grace_over(leave_by), if self.leaving => Wake::GraceOver,
             };
-            let sent = match wake {
-                Wake::Directive(Ok(Some(WorkerDirective { directive: Some(directive) }))) => {
-                    self.follow(directive, listener, logs);
-                    Ok(())
-                }
-                Wake::Directive(Ok(Some(_))) => Ok(()),
-                Wake::Directive(Ok(None)) => break Some(Lost::Session("it closed the stream".to_owned())),
-                Wake::Directive(Err(status)) => break Some(Lost::Session(status.message().to_owned())),
-                Wake::Heartbeat => self.send_if_room(Message::Heartbeat(self.heartbeat_now())),
-                Wake::Log(line) => self.send_if_room(Message::LogLine(line)),
-                Wake::Loaded(result) => self.loaded(result).await,
-                Wake::Trained(result) => self.trained(result).await,
-                Wake::Shutdown => {
-                    let goodbye = Message::Goodbye(Goodbye { reason: "it was told to stop".to_owned() });
-                    break self.send(goodbye).await.err();
-                }
-            };
-            if let Err(lost) = sent {
-                break Some(lost);
+            if matches!(wake, Wake::Shutdown) {
+                leave_by = Some(Instant::now() + LEAVE_GRACE);
             }
-        };
-        // Without its coordinator a worker commits nothing, so the run is over for it.
-        if let Some(member) = self.member.take() {
-            member.end("the session with the coordinator ended");
+            match self.take(wake, worker).await {
+                Ok(Then::GoOn) => {}
+                Ok(Then::Leave) => return None,
+                Err(lost) => return Some(lost),
+            }
         }
-        logs.enter(None);
-        lost
     }
 
-    /// Does what the coordinator says. Directives of another run or generation are dropped.
-    fn follow(&mut self, directive: Directive, listener: &Arc<RingListener>, logs: &LogForwarder) {
-        match directive {
-            Directive::Prepare(prepare) => self.prepare(prepare, listener, logs),
-            Directive::Start(start) => {
-                if let Some(member) = self.member_of(&start.run, start.generation) {
-                    member.start(listener);
+    async fn take(&mut self, wake: Wake, worker: &mut Worker<'_>) -> Result<Then, Lost> {
+        match wake {
+            Wake::Directive(Ok(Some(WorkerDirective { directive: Some(Directive::Farewell(_)) }))) => {
+                return Ok(Then::Leave);
+            }
+            Wake::Directive(Ok(Some(WorkerDirective { directive: Some(directive) }))) => {
+                worker.follow(directive);
+            }
+            Wake::Directive(Ok(Some(_))) => {}
+            Wake::Directive(Ok(None)) => return Err(Lost::Session("it closed the stream".to_owned())),
+            Wake::Directive(Err(status)) => return Err(Lost::Session(status.message().to_owned())),
+            Wake::Heartbeat => {
+                let idle = || Heartbeat { phase: "idle".to_owned(), ..Heartbeat::default() };
+                let beat = worker.member.as_ref().map_or_else(idle, Member::heartbeat);
+                self.send_if_room(Message::Heartbeat(beat))?;
+            }
+            Wake::Log(line) => self.send_if_room(Message::LogLine(line))?,
+            Wake::Member(happening) => {
+                if let Some(member) = &mut worker.member {
+                    member.take_in(happening);
+                    worker.logs.enter(Some(member.place()));
                 }
             }
-            Directive::StopRun(stop) => {
-                if let Some(member) = self.member_of(&stop.run, stop.generation) {
-                    tracing::info!("stopping {} after this step", stop.run);
-                    member.progress.request_stop();
-                }
+            Wake::Results => self.send_results(worker).await?,
+            Wake::Shutdown => {
+                self.leaving = true;
+                let at_once = false;
+                self.send(Message::Goodbye(Goodbye { reason: "it was told to stop".to_owned(), at_once }))
+                    .await?;
             }
-            Directive::Abort(abort) => {
-                if self.member_of(&abort.run, abort.generation).is_some() {
-                    tracing::warn!("{} was ended: {}", abort.run, abort.message);
-                    if let Some(member) = self.member.take() {
-                        member.end(&abort.message);
-                    }
-                    logs.enter(None);
-                }
+            Wake::GraceOver => {
+                let reason = "it was told to stop and cannot wait any longer".to_owned();
+                self.send(Message::Goodbye(Goodbye { reason, at_once: true })).await?;
+                return Ok(Then::Leave);
             }
-            Directive::CheckpointCommitted(committed) => {
-                tracing::info!("the checkpoint of step {} is committed", committed.step);
-            }
-            Directive::Welcome(_) => tracing::warn!("the coordinator sent a second welcome; ignored"),
         }
+        Ok(Then::GoOn)
     }
 
-    fn prepare(&mut self, prepare: Prepare, listener: &Arc<RingListener>, logs: &LogForwarder) {
-        if let Some(former) = self.member.take() {
-            former.end("a newer group takes its place");
+    /// Sends what was not sent yet, as long as there is something.
+    async fn send_results(&mut self, worker: &mut Worker<'_>) -> Result<(), Lost> {
+        let Some(member) = &worker.member else { return Ok(()) };
+        for message in member.spool().take_unsent() {
+            self.send(message).await?;
         }
-        let progress = Arc::new(Progress::new(prepare.start_step));
-        let (run, generation) = (prepare.run.clone(), prepare.generation);
-        listener.fence(&prepare.run_id, takuma_core::ids::Generation(generation));
-        logs.enter(Some(Place {
-            run: run.clone(),
-            rank: prepare.rank,
-            generation,
-            progress: Arc::clone(&progress),
-        }));
-        let world = prepare.members.len();
-        tracing::info!(rank = prepare.rank, world, generation, step = prepare.start_step, "preparing {run}");
-        let loading = tokio::spawn(member::load(prepare, Arc::clone(&progress), self.outbox.clone()));
-        let stage = Stage::Loading(loading);
-        self.member = Some(Member { run, generation, progress, stopper: Stopper::default(), stage });
-    }
-
-    async fn loaded(&mut self, result: Result<Prepared, MemberError>) -> Result<(), Lost> {
-        let Some(member) = self.member.as_mut() else { return Ok(()) };
-        match result {
-            Ok(prepared) => {
-                member.stage = Stage::Ready(Box::new(prepared));
-                let (run, generation) = (member.run.clone(), member.generation);
-                self.send(Message::Prepared(PreparedMessage { run, generation })).await
-            }
-            Err(error) => self.failed(&error).await,
+        if member.spool().has_unsent() {
+            member.spool().wake();
+        } else if member.is_over() {
+            worker.drop_member("it cannot go on");
         }
-    }
-
-    async fn trained(&mut self, result: Result<Outcome, MemberError>) -> Result<(), Lost> {
-        match result {
-            Ok(outcome) => {
-                let Some(member) = self.member.take() else { return Ok(()) };
-                tracing::info!("{} ended after step {}", member.run, outcome.step);
-                self.send(Message::RunEnded(RunEnded {
-                    run: member.run,
-                    generation: member.generation,
-                    outcome: outcome.outcome.into(),
-                    step: outcome.step,
-                    weights_sha256: outcome.weights_sha256,
-                }))
-                .await
-            }
-            Err(error) => self.failed(&error).await,
-        }
-    }
-
-    async fn failed(&mut self, error: &MemberError) -> Result<(), Lost> {
-        let Some(member) = self.member.take() else { return Ok(()) };
-        tracing::error!(step = member.progress.step(), "{} cannot go on: {error}", member.run);
-        let (kind, suspect_rank) = error.blame();
-        self.send(Message::RunFailed(RunFailed {
-            run: member.run,
-            generation: member.generation,
-            step: member.progress.step(),
-            phase: member.progress.now().phase.to_owned(),
-            kind: kind.into(),
-            message: error.to_string(),
-            suspect_rank,
-        }))
-        .await
-    }
-
-    fn member_of(&mut self, run: &str, generation: u64) -> Option<&mut Member> {
-        self.member.as_mut().filter(|member| member.run == run && member.generation == generation)
-    }
-
-    fn heartbeat_now(&self) -> Heartbeat {
-        let Some(member) = &self.member else {
-            return Heartbeat { phase: "idle".to_owned(), ..Heartbeat::default() };
-        };
-        let now = member.progress.now();
-        let [compute_s, data_s, exchange_s] = now.last_step_s.map(|seconds| seconds as f32);
-        Heartbeat {
-            run: member.run.clone(),
-            generation: member.generation,
-            step: member.progress.step(),
-            phase: now.phase.to_owned(),
-            compute_s,
-            data_s,
-            exchange_s,
-        }
+        Ok(())
     }
 
     async fn send(&self, message: Message) -> Result<(), Lost> {
@@ -414,41 +350,101 @@ impl Session {
     }
 }
 
-impl Member {
-    fn start(&mut self, listener: &Arc<RingListener>) {
-        // A placeholder for the moment in which the stage changes hands.
-        let idle = Stage::Training(tokio::spawn(std::future::pending()));
-        match std::mem::replace(&mut self.stage, idle) {
-            Stage::Ready(prepared) => {
-                let training = member::train(*prepared, Arc::clone(listener), self.stopper.clone());
-                self.stage = Stage::Training(tokio::spawn(training));
-            }
-            other => {
-                tracing::warn!("{} was started out of turn; ignored", self.run);
-                self.stage = other;
-            }
-        }
-    }
-
-    /// Ends the membership at once; nothing of it is reported any more.
-    fn end(self, reason: &str) {
-        self.stopper.abort(reason);
-        match self.stage {
-            Stage::Loading(task) => task.abort(),
-            Stage::Ready(_) => {}
-            // The thread ends by itself within one operation of the collective.
-            Stage::Training(task) => drop(task),
-        }
+async fn happening(member: &mut Option<Member>) -> Happening {
+    match member {
+        Some(member) => member.happening().await,
+        None => std::future::pending().await,
     }
 }
 
-/// Waits for the present stage to be done; for ever if there is nothing to wait for.
-async fn stage_done(member: &mut Option<Member>) -> Wake {
-    let panicked = |error: tokio::task::JoinError| MemberError::Panicked(error.to_string());
-    match member.as_mut().map(|member| &mut member.stage) {
-        Some(Stage::Loading(task)) => Wake::Loaded(task.await.map_err(panicked).and_then(|result| result)),
-        Some(Stage::Training(task)) => Wake::Trained(task.await.map_err(panicked).and_then(|result| result)),
-        Some(Stage::Ready(_)) | None => std::future::pending().await,
+async fn results(spool: Option<Spool>) {
+    match spool {
+        Some(spool) => spool.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn grace_over(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What outlives sessions.
+struct Worker<'a> {
+    member: Option<Member>,
+    listener: &'a Arc<RingListener>,
+    logs: &'a LogForwarder,
+    log_lines: &'a mut mpsc::Receiver<LogLine>,
+    shutdown: &'a CancellationToken,
+}
+
+impl Worker<'_> {
+    /// Does what the coordinator says. Directives of another run or generation are dropped.
+    fn follow(&mut self, directive: Directive) {
+        match directive {
+            Directive::Prepare(prepare) => self.prepare(prepare),
+            Directive::Start(start) => {
+                if let Some(member) = self.member.as_mut().filter(|member| member.run() == start.run) {
+                    member.start(start.generation, self.listener);
+                }
+            }
+            Directive::StopRun(stop) => {
+                if let Some(member) =
+                    self.member.as_ref().filter(|member| member.is(&stop.run, stop.generation))
+                {
+                    member.stop();
+                }
+            }
+            Directive::Abort(abort) => self.abort(&abort.run, abort.generation, &abort.message),
+            Directive::Release(release) => {
+                if self.member.as_ref().is_some_and(|member| member.is(&release.run, release.generation)) {
+                    self.drop_member("the run is over for it");
+                }
+            }
+            Directive::CheckpointCommitted(committed) => {
+                tracing::info!("the checkpoint of step {} is committed", committed.step);
+                if let Some(member) = self.member.as_ref().filter(|member| member.run() == committed.run) {
+                    member.spool().committed(committed.step);
+                }
+            }
+            Directive::Kept(kept) => {
+                if let Some(member) = self.member.as_ref().filter(|member| member.run() == kept.run) {
+                    member.spool().kept(kept);
+                }
+            }
+            Directive::Farewell(_) => {}
+            Directive::Welcome(_) => tracing::warn!("the coordinator sent a second welcome; ignored"),
+        }
+    }
+
+    fn prepare(&mut self, prepare: Prepare) {
+        match &mut self.member {
+            Some(member) if member.goes_on_with(&prepare) => member.go_on(prepare, self.listener),
+            _ => {
+                self.drop_member("another group takes its place");
+                self.member = Some(Member::begin(prepare, self.listener));
+            }
+        }
+        self.logs.enter(self.member.as_ref().map(Member::place));
+    }
+
+    fn abort(&mut self, run: &str, generation: u64, message: &str) {
+        let Some(member) = &mut self.member else { return };
+        if member.drop_next(run, generation) {
+            tracing::debug!("{run}: {message}");
+        } else if member.is(run, generation) {
+            tracing::warn!("{run} is over for this worker: {message}");
+            self.drop_member(message);
+        }
+    }
+
+    fn drop_member(&mut self, reason: &str) {
+        if let Some(member) = self.member.take() {
+            member.end(reason);
+        }
+        self.logs.enter(None);
     }
 }
 
@@ -456,7 +452,9 @@ async fn stage_done(member: &mut Option<Member>) -> Wake {
 /// address of a connection to the coordinator.
 async fn ring_address(options: &Options, listening: SocketAddr) -> std::io::Result<String> {
     if let Some(host) = &options.advertise {
-        return Ok(format!("{host}:{}", listening.port()));
+        // Behind a forwarded port the whole address is another one.
+        let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        return Ok(if has_port { host.clone() } else { format!("{host}:{}", listening.port()) });
     }
     if !listening.ip().is_unspecified() {
         return Ok(listening.to_string());

@@ -58,6 +58,20 @@ impl BatchNorm {
         }
     }
 
+    /// The same trained tensors, with gradients of their own. For training: running statistics are those
+    /// of the moment.
+    #[must_use]
+    pub fn alias(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            weight: self.weight.alias(),
+            bias: self.bias.alias(),
+            running_mean: self.running_mean.copy(),
+            running_var: self.running_var.copy(),
+            batches: self.batches,
+        }
+    }
+
     /// Normalises with the batch's statistics, then applies the activation (`slope` as in
     /// [`torch::BatchNormOptions`]). Running statistics change only when `updates` are committed.
     ///

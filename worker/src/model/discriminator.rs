@@ -41,6 +41,21 @@ impl Discriminator {
         }
     }
 
+    /// The same weights in the same memory, with gradients of their own: for one lane of a worker.
+    #[must_use]
+    pub fn alias(&self) -> Self {
+        Self {
+            conv1: self.conv1.alias(),
+            conv2: self.conv2.alias(),
+            bn2: self.bn2.alias(),
+            conv3: self.conv3.alias(),
+            bn3: self.bn3.alias(),
+            conv4: self.conv4.alias(),
+            bn4: self.bn4.alias(),
+            fc: self.fc.alias(),
+        }
+    }
+
     /// Logits in training.
     ///
     /// # Shapes

@@ -48,6 +48,23 @@ impl Generator {
         }
     }
 
+    /// The same weights in the same memory, with gradients of their own: for one lane of a worker.
+    #[must_use]
+    pub fn alias(&self) -> Self {
+        Self {
+            channels: self.channels,
+            fc: self.fc.alias(),
+            bn0: self.bn0.alias(),
+            deconv1: self.deconv1.alias(),
+            bn1: self.bn1.alias(),
+            deconv2: self.deconv2.alias(),
+            bn2: self.bn2.alias(),
+            deconv3: self.deconv3.alias(),
+            bn3: self.bn3.alias(),
+            deconv4: self.deconv4.alias(),
+        }
+    }
+
     /// Images in training.
     ///
     /// # Shapes

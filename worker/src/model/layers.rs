@@ -27,6 +27,10 @@ impl Conv {
         x.conv2d(&self.weight.tensor, Some(&self.bias.tensor), [2, 2], [2, 2], [1, 1], 1)
     }
 
+    pub fn alias(&self) -> Self {
+        Self { weight: self.weight.alias(), bias: self.bias.alias() }
+    }
+
     pub fn parameters(&self) -> [&Parameter; 2] {
         [&self.weight, &self.bias]
     }
@@ -53,6 +57,10 @@ impl Deconv {
         x.conv_transpose2d(&self.weight.tensor, Some(&self.bias.tensor), [2, 2], [2, 2], [1, 1], 1, [1, 1])
     }
 
+    pub fn alias(&self) -> Self {
+        Self { weight: self.weight.alias(), bias: self.bias.alias() }
+    }
+
     pub fn parameters(&self) -> [&Parameter; 2] {
         [&self.weight, &self.bias]
     }
@@ -76,6 +84,10 @@ impl Linear {
     /// `[N, inputs]` to `[N, outputs]`. Source: `torch.nn.Linear`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight.tensor, Some(&self.bias.tensor))
+    }
+
+    pub fn alias(&self) -> Self {
+        Self { weight: self.weight.alias(), bias: self.bias.alias() }
     }
 
     pub fn parameters(&self) -> [&Parameter; 2] {

@@ -29,6 +29,14 @@ impl Parameter {
     }
 }
 
+impl Parameter {
+    /// The same values in the same memory, with a gradient of its own.
+    #[must_use]
+    pub fn alias(&self) -> Self {
+        Self { name: self.name.clone(), tensor: self.tensor.detach().set_requires_grad(true) }
+    }
+}
+
 /// A network seen from the optimizer and the checkpoint.
 pub trait Network {
     /// Every trained tensor, in the order of PyTorch's `parameters()`.

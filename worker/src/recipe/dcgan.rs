@@ -9,12 +9,14 @@
 
 use std::sync::Arc;
 
-use takuma_core::config::{BatchNorm, Recipe, RunConfig};
+use takuma_core::config::{Recipe, RunConfig};
 use tch::{Kind, Tensor};
 
-use super::update::{PhaseError, Updater};
-use crate::model::{Discriminator, Generator, Network, NormUpdates, Pass, Weights};
-use crate::torch::{SumReducer, TorchError};
+use super::lanes::Lanes;
+use super::phase::{Phase, PhaseError, PhaseSums};
+use super::update::Updater;
+use crate::model::{Discriminator, Generator, Network, Weights};
+use crate::torch;
 use crate::trainer::{Adam, Exchange};
 
 /// Channels after D's first convolution.
@@ -31,17 +33,9 @@ pub struct Batch {
     pub reals_nchw: Tensor,
     /// `[N, 100]` in `[-1, 1]`.
     pub noise_nz: Tensor,
-}
-
-/// This worker's share of the reported numbers: to be summed over workers.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct IterationSums {
-    /// Cross-entropy of reals and fakes over the global batch.
-    pub d_loss: f64,
-    /// The same of the first and of the second G update.
-    pub g_losses: [f64; 2],
-    /// Logits on the right side of 0, of twice the global batch.
-    pub d_right: f64,
+    /// The ledger's entry: sum of [`takuma_core::slots::SlotMap::fed_hash`] over the worker's slots; the
+    /// sums of all workers make [`takuma_core::slots::SlotMap::expected_fed`].
+    pub fed: u64,
 }
 
 /// The networks with their optimizers: all that a checkpoint holds.
@@ -62,32 +56,31 @@ impl DcganState {
             discriminator: Discriminator::new(&mut Weights::new(seed, 1, kind), c),
         }
     }
+
+    /// Networks over the same weights in the same memory, with gradients of their own.
+    pub(super) fn alias(&self) -> Self {
+        Self { generator: self.generator.alias(), discriminator: self.discriminator.alias() }
+    }
 }
 
-/// DCGAN in training on one worker of a group.
+/// DCGAN in training on one worker, in one group after another.
 pub struct Dcgan {
     state: DcganState,
     update_g: Updater,
     update_d: Updater,
-    global_batch: i64,
-    batch_norm: BatchNorm,
-    exchange: Arc<Exchange>,
+    lanes: Lanes,
 }
 
 impl Dcgan {
-    /// Takes over `state` for a run in a group.
-    ///
-    /// # Errors
-    /// libtorch's.
-    pub fn new(config: &RunConfig, state: DcganState, exchange: &Arc<Exchange>) -> Result<Self, TorchError> {
-        Ok(Self {
-            update_g: Updater::new(config, exchange, &state.generator.tensors())?,
-            update_d: Updater::new(config, exchange, &state.discriminator.tensors())?,
+    /// Takes over `state` for a run, in whatever groups `exchange` enters.
+    #[must_use]
+    pub fn new(config: &RunConfig, state: DcganState, exchange: &Arc<Exchange>) -> Self {
+        Self {
+            update_g: Updater::new(config, exchange, &state.generator),
+            update_d: Updater::new(config, exchange, &state.discriminator),
+            lanes: Lanes::new(config, exchange),
             state,
-            global_batch: i64::from(config.global_batch),
-            batch_norm: config.batch_norm,
-            exchange: Arc::clone(exchange),
-        })
+        }
     }
 
     /// The networks.
@@ -96,8 +89,9 @@ impl Dcgan {
         &self.state
     }
 
-    /// The networks, to restore a checkpoint into.
+    /// The networks, to restore a state into. Weights must stay in their memory: copy into them.
     pub fn state_mut(&mut self) -> &mut DcganState {
+        self.lanes.forget();
         &mut self.state
     }
 
@@ -107,98 +101,69 @@ impl Dcgan {
         [self.update_g.optimizer(), self.update_d.optimizer()]
     }
 
-    /// One iteration, its three phases announced to `on_phase` as "d", "g1" and "g2".
+    /// Drops what was made in the group that is over. To be called by every worker when it enters the
+    /// next group.
+    pub fn regroup(&mut self) {
+        self.lanes.forget();
+    }
+
+    /// Runs one phase on this worker's share of the batch and applies it. `votes` travel with the phase's
+    /// numbers: each becomes its sum over all workers.
+    ///
+    /// All workers of the group run the same phases in the same order. A worker may begin with any phase:
+    /// without the pass of G that D's phase leaves behind, G1 makes it again, with the same result.
     ///
     /// # Errors
-    /// The phase that failed is not applied; those before it are.
-    pub fn iterate(
-        &mut self,
-        batch: &Batch,
-        mut on_phase: impl FnMut(&'static str),
-    ) -> Result<IterationSums, PhaseError> {
-        on_phase("d");
-        let mut g_norms = NormUpdates::default();
-        let fakes_nchw = self.generate(&batch.noise_nz, &mut g_norms)?;
-        let (d_loss, d_right) = self.d_phase(&batch.reals_nchw, &fakes_nchw)?;
-        // This pass of G stands for two: the one of the D update and the one of the first G update.
-        g_norms.commit(self.state.generator.norms_mut());
-
-        on_phase("g1");
-        let first = self.g_phase(&fakes_nchw, &g_norms)?;
-        drop(fakes_nchw);
-
-        on_phase("g2");
-        let mut g_norms = NormUpdates::default();
-        let fakes_nchw = self.generate(&batch.noise_nz, &mut g_norms)?;
-        let second = self.g_phase(&fakes_nchw, &g_norms)?;
-        Ok(IterationSums { d_loss, g_losses: [first, second], d_right })
+    /// Nothing of the phase is then applied. The same phase may be run again, in another group and with
+    /// another share too, and gives what it would have given.
+    ///
+    /// # Panics
+    /// If in exact mode the share is not made of whole lanes; see [`RunConfig::shares`].
+    pub fn phase(&mut self, batch: &Batch, phase: Phase, votes: &mut [f64]) -> Result<PhaseSums, PhaseError> {
+        let result = self.try_phase(batch, phase, votes);
+        for updater in [&self.update_g, &self.update_d] {
+            updater.end();
+        }
+        for state in self.lanes.states() {
+            torch::clear_gradients(&state.generator.tensors())?;
+            torch::clear_gradients(&state.discriminator.tensors())?;
+        }
+        if result.is_err() || phase != Phase::D {
+            self.lanes.forget();
+        }
+        let sums = result?;
+        votes.copy_from_slice(&sums[2..]);
+        Ok(PhaseSums { loss: sums[0], right: sums[1] })
     }
 
-    /// D's update. Returns its loss and the logits on the right side, both as this worker's share.
-    fn d_phase(&mut self, reals_nchw: &Tensor, fakes_nchw: &Tensor) -> Result<(f64, f64), PhaseError> {
-        let images = joined(reals_nchw, &fakes_nchw.detach());
-        let mut norms = NormUpdates::default();
-        let logits = self
-            .state
-            .discriminator
-            .train(&images, &self.pass(reals_nchw, 2), &mut norms)
-            .map_err(|error| self.update_d.cause(error))?;
-        let (real, fake) = (
-            logits.narrow(0, 0, logits.size()[0] / 2),
-            logits.narrow(0, logits.size()[0] / 2, logits.size()[0] / 2),
-        );
-        let loss = self.cross_entropy(&real, 1.0) + self.cross_entropy(&fake, 0.0);
-        self.update_d.apply(&loss, &self.state.discriminator.tensors())?;
-        norms.commit(self.state.discriminator.norms_mut());
-        let right = real.gt(0.0).sum(Kind::Double) + fake.lt(0.0).sum(Kind::Double);
-        Ok((loss.double_value(&[]), right.double_value(&[])))
-    }
-
-    /// G's update on images that it made. Returns this worker's share of the loss.
-    fn g_phase(&mut self, fakes_nchw: &Tensor, g_norms: &NormUpdates) -> Result<f64, PhaseError> {
-        let mut d_norms = NormUpdates::default();
-        let logits = self
-            .state
-            .discriminator
-            .train(fakes_nchw, &self.pass(fakes_nchw, 1), &mut d_norms)
-            .map_err(|error| self.update_g.cause(error))?;
-        let loss = self.cross_entropy(&logits, 1.0);
-        self.update_g.apply(&loss, &self.state.generator.tensors())?;
+    /// The phase's numbers, summed over all workers: loss, logits on the right side, votes.
+    fn try_phase(&mut self, batch: &Batch, phase: Phase, votes: &[f64]) -> Result<Vec<f64>, PhaseError> {
+        let count = self.lanes.prepare(batch, &self.state, [&self.update_g, &self.update_d])?;
+        self.updater(phase).begin(count);
+        let shares = self.lanes.run(phase, batch)?;
+        // While the last gradients are under way.
+        let sums = self.lanes.sum(&shares, votes)?;
+        let (state, first) = (&self.state, self.lanes.first());
+        match phase {
+            Phase::D => {
+                self.update_d.apply(phase, sums[0], &state.discriminator, &first.discriminator)?;
+            }
+            Phase::G1 | Phase::G2 => {
+                self.update_g.apply(phase, sums[0], &state.generator, &first.generator)?;
+            }
+        }
+        // D's pass of G stands for two updates: it commits here, and with G1 again.
+        let (g_norms, d_norms) = self.lanes.norms();
         g_norms.commit(self.state.generator.norms_mut());
         d_norms.commit(self.state.discriminator.norms_mut());
-        Ok(loss.double_value(&[]))
+        Ok(sums)
     }
 
-    fn generate(&self, noise_nz: &Tensor, norms: &mut NormUpdates) -> Result<Tensor, PhaseError> {
-        self.state
-            .generator
-            .train(noise_nz, &self.pass(noise_nz, 1), norms)
-            .map_err(|error| self.update_g.cause(error))
-    }
-
-    /// What a pass over this worker's part of a batch must know of the whole batch.
-    fn pass(&self, local_part: &Tensor, groups: i64) -> Pass {
-        match self.batch_norm {
-            BatchNorm::Sync => Pass {
-                images_per_group: self.global_batch,
-                groups,
-                reducer: (!self.exchange.is_alone())
-                    .then(|| Arc::clone(&self.exchange) as Arc<dyn SumReducer>),
-            },
-            BatchNorm::Local => Pass { images_per_group: local_part.size()[0], groups, reducer: None },
+    /// The updater of the network that `phase` updates.
+    fn updater(&self, phase: Phase) -> &Updater {
+        match phase {
+            Phase::D => &self.update_d,
+            Phase::G1 | Phase::G2 => &self.update_g,
         }
     }
-
-    /// Sigmoid cross-entropy against one label, summed here and divided by the *global* batch, so
-    /// that the workers' shares add up to the mean.
-    fn cross_entropy(&self, logits: &Tensor, label: f64) -> Tensor {
-        let labels = logits.full_like(label);
-        logits.binary_cross_entropy_with_logits::<Tensor>(&labels, None, None, tch::Reduction::Sum)
-            / self.global_batch as f64
-    }
-}
-
-/// `a` then `b` along N, channels_last.
-fn joined(a: &Tensor, b: &Tensor) -> Tensor {
-    Tensor::cat(&[a.permute([0, 2, 3, 1]), b.permute([0, 2, 3, 1])], 0).permute([0, 3, 1, 2])
 }

@@ -1,61 +1,72 @@
-//! One phase: backward, exchange, commit.
+//! [`Updater`]: exchange, check and optimizer step of one network.
 
 use std::sync::Arc;
 
 use takuma_core::config::RunConfig;
 use tch::Tensor;
 
-use crate::collective::CollectiveError;
+use super::phase::{Phase, PhaseError};
+use crate::model::Network;
 use crate::torch::{self, TorchError};
-use crate::trainer::{Adam, Exchange, GradientBuckets};
+use crate::trainer::{Adam, Exchange, GradientBuckets, SumOrder};
 
-/// Why a phase was not applied. Nothing of it is: weights, moments and statistics are as before.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PhaseError {
-    /// The exchange broke: re-form the group and run the phase again.
-    #[error(transparent)]
-    Exchange(#[from] CollectiveError),
-    /// libtorch failed on this worker alone.
-    #[error(transparent)]
-    Torch(#[from] TorchError),
-}
-
-/// Applies losses to one network: its optimizer and its gradients' exchange.
+/// Applies summed gradients to one network: its optimizer and its gradients' exchange.
 pub struct Updater {
-    exchange: Arc<Exchange>,
     optimizer: Adam,
-    /// None when alone: gradients are used where backward left them.
-    buckets: Option<GradientBuckets>,
+    buckets: GradientBuckets,
 }
 
 impl Updater {
-    /// An updater of the network that owns `params`, with Adam's state at zero.
+    /// An updater of networks like `network`, with Adam's state at zero.
+    #[must_use]
+    pub fn new(config: &RunConfig, exchange: &Arc<Exchange>, network: &dyn Network) -> Self {
+        let params = network.tensors();
+        let order = if config.exact { SumOrder::Lanes } else { SumOrder::Workers };
+        Self {
+            optimizer: Adam::new(config, &params),
+            buckets: GradientBuckets::new(exchange, order, &params, config.bucket_bytes),
+        }
+    }
+
+    /// Takes the gradients of lane number `lane`, whose network over the same weights is `network`.
     ///
     /// # Errors
     /// libtorch's, for a tensor that takes no gradient.
-    pub fn new(config: &RunConfig, exchange: &Arc<Exchange>, params: &[&Tensor]) -> Result<Self, TorchError> {
-        let buckets = if exchange.is_alone() {
-            None
-        } else {
-            Some(GradientBuckets::new(exchange, params, config.bucket_bytes)?)
-        };
-        Ok(Self { exchange: Arc::clone(exchange), optimizer: Adam::new(config, params), buckets })
+    pub fn hook(&self, lane: usize, network: &dyn Network) -> Result<(), TorchError> {
+        self.buckets.hook(lane, &network.tensors())
     }
 
-    /// Backward of `loss` into `params`, sum over all workers, optimizer step.
+    /// Gets ready for a backward pass in the first `lanes` lanes.
+    ///
+    /// # Panics
+    /// If gradients have to be exchanged and are not f32: only that goes over the wire.
+    pub fn begin(&self, lanes: usize) {
+        self.buckets.begin(lanes);
+    }
+
+    /// Waits for the sums of the backward pass that just ended, checks them and `loss`, and updates
+    /// `network`. `first` is the first lane's.
     ///
     /// # Errors
-    /// The parameters are then unchanged.
-    pub fn apply(&mut self, loss: &Tensor, params: &[&Tensor]) -> Result<(), PhaseError> {
-        let result = self.try_apply(loss, params);
-        if result.is_err()
-            && let Some(buckets) = &self.buckets
-        {
-            buckets.discard();
-        }
-        torch::clear_gradients(params)?;
-        result
+    /// The network is then unchanged.
+    pub fn apply(
+        &mut self,
+        phase: Phase,
+        loss: f64,
+        network: &dyn Network,
+        first: &dyn Network,
+    ) -> Result<(), PhaseError> {
+        let gradients = self.buckets.finish(&first.tensors())?;
+        // All workers hold the same sums, so all of them decide alike without another exchange.
+        check_finite(phase, loss, network, &gradients.tensors())?;
+        self.optimizer.step(&network.tensors(), &gradients.tensors())?;
+        self.buckets.recycle(gradients);
+        Ok(())
+    }
+
+    /// Forgets the backward pass, applied or failed half-way.
+    pub fn end(&self) {
+        self.buckets.end();
     }
 
     /// The optimizer, for checkpoints.
@@ -63,25 +74,71 @@ impl Updater {
     pub fn optimizer(&self) -> &Adam {
         &self.optimizer
     }
+}
 
-    fn try_apply(&mut self, loss: &Tensor, params: &[&Tensor]) -> Result<(), PhaseError> {
-        torch::backward(loss, params).map_err(|error| self.cause(error))?;
-        match &self.buckets {
-            None => {
-                let grads: Vec<Tensor> = params.iter().map(|param| param.grad()).collect();
-                self.optimizer.step(params, &grads.iter().collect::<Vec<_>>())?;
-            }
-            Some(buckets) => {
-                let gradients = buckets.finish()?;
-                self.optimizer.step(params, &gradients.tensors())?;
-                buckets.recycle(gradients);
-            }
+/// Refuses sums that are infinite or not a number.
+fn check_finite(
+    phase: Phase,
+    loss: f64,
+    network: &dyn Network,
+    gradients: &[&Tensor],
+) -> Result<(), PhaseError> {
+    if !loss.is_finite() {
+        return Err(PhaseError::NotFinite { phase, what: "the loss".to_owned() });
+    }
+    match torch::first_not_finite(gradients)? {
+        None => Ok(()),
+        Some(index) => {
+            let what = format!("the gradient of {}", network.parameters()[index].name);
+            Err(PhaseError::NotFinite { phase, what })
         }
-        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use takuma_core::config::Recipe;
+    use tch::Kind;
+
+    use super::*;
+    use crate::model::{BatchNorm, Parameter, Weights};
+
+    /// Two parameters of zeros.
+    struct Zeros([Parameter; 2]);
+
+    impl Network for Zeros {
+        fn parameters(&self) -> Vec<&Parameter> {
+            self.0.iter().collect()
+        }
+        fn norms(&self) -> Vec<&BatchNorm> {
+            Vec::new()
+        }
+        fn norms_mut(&mut self) -> Vec<&mut BatchNorm> {
+            Vec::new()
+        }
     }
 
-    /// What made libtorch give up: the exchange inside it, if that failed.
-    pub fn cause(&self, error: TorchError) -> PhaseError {
-        self.exchange.take_error().map_or(PhaseError::Torch(error), PhaseError::Exchange)
+    #[test]
+    fn infinite_gradient_of_a_finite_loss_is_named_and_not_applied() {
+        let weights = Weights::new(0, 0, Kind::Float);
+        let zeros = Zeros(["one.weight", "two.weight"].map(|name| weights.constant(name, &[3], 0.0)));
+        let config = RunConfig::new(Recipe::DcganTiny, "file:///none");
+        let mut updater = Updater::new(&config, &Exchange::new(), &zeros);
+        let [one, two] = &zeros.0;
+        // The square root's slope at 0 is infinite.
+        let loss = (&one.tensor + two.tensor.sqrt()).sum(Kind::Float);
+        updater.begin(1);
+        torch::backward(&loss, &zeros.tensors()).unwrap();
+        let error = updater.apply(Phase::G2, 0.0, &zeros, &zeros).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("the gradient of two.weight") && message.contains("g2"), "{message}");
+        for parameter in &zeros.0 {
+            assert_eq!(parameter.tensor.abs().max().double_value(&[]), 0.0);
+        }
+        torch::clear_gradients(&zeros.tensors()).unwrap();
+        let loss = one.tensor.sum(Kind::Float) + two.tensor.sum(Kind::Float);
+        torch::backward(&loss, &zeros.tensors()).unwrap();
+        updater.apply(Phase::G2, 0.0, &zeros, &zeros).unwrap();
+        assert!(two.tensor.max().double_value(&[]) < 0.0);
     }
 }

@@ -2,25 +2,42 @@
 //!
 //! Parameters are dealt to buckets from last to first, the order in which backward finishes them.
 //! A bucket starts when it and every bucket before it are full, so all ranks start them in one order.
+//!
+//! A worker computes in one or more lanes, each with gradients of its own and on a thread of its own. A
+//! bucket is full when all lanes have filled their part of it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
 use super::exchange::Exchange;
-use crate::collective::PendingReduce;
-use crate::torch::{self, GradientSink, TorchError};
+use crate::collective::{Collective, CollectiveError, PendingReduce};
+use crate::torch::{self, Gradient, GradientSink, TorchError};
 
-/// The exchange of one network's gradients.
+/// In which order gradients are summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SumOrder {
+    /// As fast as can be: one lane a worker, another order for each number of workers.
+    Workers,
+    /// Lane after lane, whatever workers hold them.
+    Lanes,
+}
+
+/// The exchange of one network's gradients. Its hooks stay for the life of the lanes and look up the group
+/// at each pass; a worker that is alone pays nothing for them, unless it has lanes to sum.
 pub struct GradientBuckets {
     sink: Arc<Sink>,
 }
 
-/// Summed gradients, by parameter. The tensors look into the buckets and must not outlive them.
+/// Summed gradients, by parameter. The tensors may look into the buckets and must not outlive them.
 pub struct SummedGradients {
     tensors: Vec<Tensor>,
-    buckets: Vec<Vec<f32>>,
+    /// By bucket, the sum first; none if the gradients never left their tensors.
+    buckets: Vec<LaneBuffers>,
 }
+
+/// One bucket in all lanes.
+type LaneBuffers = Vec<Vec<f32>>;
 
 /// Where a parameter's gradient lies.
 #[derive(Debug, Clone)]
@@ -34,75 +51,127 @@ struct Place {
 
 struct Sink {
     exchange: Arc<Exchange>,
+    order: SumOrder,
+    kind: Kind,
     places: Vec<Place>,
+    /// Values in each bucket.
     lengths: Vec<usize>,
-    state: Mutex<State>,
+    /// None: gradients stay where backward leaves them.
+    pass: Mutex<Option<Pass>>,
+    /// Sums under way. Locked while a bucket starts, so that buckets start in their order; `pass` is not,
+    /// so that other lanes go on filling theirs. Locked before `pass` where both are.
+    started: Mutex<Vec<PendingReduce>>,
+    /// Buffers of the last pass, by bucket, to be filled again.
+    spare: Mutex<Vec<LaneBuffers>>,
 }
 
-struct State {
-    /// Per bucket: the buffer while it fills, and how many parameters it still waits for.
-    filling: Vec<Option<Vec<f32>>>,
+/// A backward pass in all lanes.
+struct Pass {
+    collective: Arc<dyn Collective>,
+    /// By bucket and lane; nothing while a lane writes to it.
+    filling: Vec<Vec<Option<Vec<f32>>>>,
+    /// By bucket: gradients that it still waits for, over all lanes.
     missing: Vec<usize>,
-    pending: Vec<PendingReduce>,
 }
 
 impl GradientBuckets {
-    /// Cuts `params` into buckets of about `bucket_bytes` and hooks their gradients.
+    /// Cuts parameters like `params` into buckets of about `bucket_bytes`. No lane has them yet.
+    ///
+    /// # Panics
+    /// If there are no parameters.
+    #[must_use]
+    pub fn new(exchange: &Arc<Exchange>, order: SumOrder, params: &[&Tensor], bucket_bytes: u64) -> Self {
+        let sizes: Vec<usize> = params.iter().map(|param| param.numel()).collect();
+        let (dealt, lengths) = deal(&sizes, (bucket_bytes / 4) as usize);
+        let places = params.iter().zip(dealt).map(|(param, (bucket, offset))| Place {
+            bucket,
+            offset,
+            elements: param.numel(),
+            size: param.size(),
+            strides: param.stride(),
+        });
+        let sink = Sink {
+            exchange: Arc::clone(exchange),
+            order,
+            kind: params[0].kind(),
+            places: places.collect(),
+            lengths,
+            pass: Mutex::default(),
+            started: Mutex::default(),
+            spare: Mutex::default(),
+        };
+        Self { sink: Arc::new(sink) }
+    }
+
+    /// Hooks the gradients of lane number `lane`, whose parameters are `params`. Once per lane.
     ///
     /// # Errors
     /// libtorch's, for a tensor that takes no gradient.
-    ///
-    /// # Panics
-    /// If a parameter is not f32: only that goes over the wire.
-    pub fn new(exchange: &Arc<Exchange>, params: &[&Tensor], bucket_bytes: u64) -> Result<Self, TorchError> {
-        assert!(params.iter().all(|param| param.kind() == Kind::Float), "gradients are exchanged as f32");
-        let sizes: Vec<usize> = params.iter().map(|param| param.numel()).collect();
-        let (dealt, lengths) = deal(&sizes, (bucket_bytes / 4) as usize);
-        let places = params
-            .iter()
-            .zip(dealt)
-            .map(|(param, (bucket, offset))| Place {
-                bucket,
-                offset,
-                elements: param.numel(),
-                size: param.size(),
-                strides: param.stride(),
-            })
-            .collect();
-        let state = State { filling: Vec::new(), missing: Vec::new(), pending: Vec::new() };
-        let sink =
-            Arc::new(Sink { exchange: Arc::clone(exchange), places, lengths, state: Mutex::new(state) });
-        sink.reset(vec![None; sink.lengths.len()]);
+    pub fn hook(&self, lane: usize, params: &[&Tensor]) -> Result<(), TorchError> {
+        let lane = Arc::new(LaneSink { sink: Arc::clone(&self.sink), lane });
         for (index, param) in params.iter().enumerate() {
-            torch::set_gradient_hook(param, index, Arc::clone(&sink) as Arc<dyn GradientSink>)?;
+            torch::set_gradient_hook(param, index, Arc::clone(&lane) as Arc<dyn GradientSink>)?;
         }
-        Ok(Self { sink })
+        Ok(())
     }
 
-    /// Waits for the sums of the backward pass that just ended.
+    /// Gets ready for a backward pass of the first `lanes` lanes in the group of the moment.
+    ///
+    /// # Panics
+    /// If gradients have to be exchanged and are not f32: only that goes over the wire. If there are
+    /// several lanes and sums go by workers.
+    pub fn begin(&self, lanes: usize) {
+        let sink = &self.sink;
+        let collective = sink.exchange.collective();
+        assert!(lanes == 1 || sink.order == SumOrder::Lanes, "several lanes are summed lane after lane");
+        if sink.order == SumOrder::Workers && collective.world() == 1 {
+            lock(&sink.spare).clear();
+            return;
+        }
+        assert_eq!(sink.kind, Kind::Float, "gradients are exchanged as f32");
+        let mut spare = std::mem::take(&mut *lock(&sink.spare)).into_iter();
+        let filling = sink.lengths.iter().map(|&length| {
+            let mut buffers = spare.next().unwrap_or_default();
+            // Every value is written before a bucket leaves.
+            buffers.resize_with(lanes, || vec![0.0; length]);
+            buffers.into_iter().map(Some).collect()
+        });
+        let mut pass = Pass { collective, filling: filling.collect(), missing: vec![0; sink.lengths.len()] };
+        for place in &sink.places {
+            pass.missing[place.bucket] += lanes;
+        }
+        *lock(&sink.pass) = Some(pass);
+    }
+
+    /// Waits for the sums of the backward pass that just ended. If gradients need no exchange, they are
+    /// those of `params`, the only lane's parameters.
     ///
     /// # Errors
     /// The first exchange that failed.
-    pub fn finish(&self) -> Result<SummedGradients, crate::collective::CollectiveError> {
-        let pending = std::mem::take(&mut self.sink.lock().pending);
-        assert_eq!(pending.len(), self.sink.lengths.len(), "backward reached every parameter");
-        let buckets = self
-            .sink
-            .exchange
-            .wait(|_| pending.into_iter().map(PendingReduce::wait).collect::<Result<Vec<_>, _>>())?;
-        let tensors = self.sink.places.iter().map(|place| place.view(&buckets[place.bucket])).collect();
+    pub fn finish(&self, params: &[&Tensor]) -> Result<SummedGradients, CollectiveError> {
+        let sink = &self.sink;
+        if lock(&sink.pass).take().is_none() {
+            let tensors = params.iter().map(|param| param.grad()).collect();
+            return Ok(SummedGradients { tensors, buckets: Vec::new() });
+        }
+        let pending = std::mem::take(&mut *lock(&sink.started));
+        assert_eq!(pending.len(), sink.lengths.len(), "backward reached every parameter");
+        let wait = || pending.into_iter().map(PendingReduce::wait_lanes).collect::<Result<Vec<_>, _>>();
+        let buckets = sink.exchange.wait(|_| wait())?;
+        let tensors = sink.places.iter().map(|place| place.view(&buckets[place.bucket][0])).collect();
         Ok(SummedGradients { tensors, buckets })
     }
 
     /// Takes the buffers back for the next pass.
     pub fn recycle(&self, gradients: SummedGradients) {
         drop(gradients.tensors);
-        self.sink.reset(gradients.buckets.into_iter().map(Some).collect());
+        *lock(&self.sink.spare) = gradients.buckets;
     }
 
-    /// Forgets a pass that failed half-way.
-    pub fn discard(&self) {
-        self.sink.reset(vec![None; self.sink.lengths.len()]);
+    /// Forgets the pass, finished or failed half-way, and the group that it was in.
+    pub fn end(&self) {
+        *lock(&self.sink.pass) = None;
+        lock(&self.sink.started).clear();
     }
 }
 
@@ -123,48 +192,80 @@ impl Place {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Sink {
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Copies a gradient into its bucket; nothing if no buckets are wanted.
+    fn fill(&self, lane: usize, place: &Place, gradient: &Tensor) -> Option<Filled> {
+        let taken = lock(&self.pass).as_mut()?.filling[place.bucket].get_mut(lane).and_then(Option::take);
+        // Lost buffer or unknown lane: the pass was ended or never begun for this lane.
+        let Some(buffer) = taken else { return Some(Filled::Failed) };
+        if place.view(&buffer).f_copy_(gradient).is_err() {
+            return Some(Filled::Failed);
+        }
+        let mut pass = lock(&self.pass);
+        let Some(pass) = pass.as_mut() else { return Some(Filled::Failed) };
+        pass.filling[place.bucket][lane] = Some(buffer);
+        pass.missing[place.bucket] -= 1;
+        Some(if pass.missing[place.bucket] == 0 { Filled::Full } else { Filled::InPart })
     }
 
-    fn reset(&self, buffers: Vec<Option<Vec<f32>>>) {
-        let filling = buffers
-            .into_iter()
-            .zip(&self.lengths)
-            .map(|(buffer, &length)| Some(buffer.unwrap_or_else(|| vec![0.0; length])))
-            .collect();
-        let mut missing = vec![0; self.lengths.len()];
-        for place in &self.places {
-            missing[place.bucket] += 1;
+    /// Starts the buckets that are full and whose turn it is.
+    fn start_full(&self) -> Result<(), CollectiveError> {
+        let mut started = lock(&self.started);
+        while let Some((collective, lanes)) = self.take_full(started.len()) {
+            started.push(match self.order {
+                SumOrder::Lanes => collective.start_chain_reduce(lanes)?,
+                SumOrder::Workers => {
+                    collective.start_all_reduce(lanes.into_iter().next().unwrap_or_default())?
+                }
+            });
         }
-        *self.lock() = State { filling, missing, pending: Vec::new() };
+        Ok(())
+    }
+
+    /// The lanes of bucket number `next`, if all of them are full.
+    fn take_full(&self, next: usize) -> Option<(Arc<dyn Collective>, LaneBuffers)> {
+        let mut pass = lock(&self.pass);
+        let pass = pass.as_mut()?;
+        if pass.missing.get(next) != Some(&0) {
+            return None;
+        }
+        let lanes = pass.filling[next].iter_mut().filter_map(Option::take).collect();
+        Some((Arc::clone(&pass.collective), lanes))
     }
 }
 
-impl GradientSink for Sink {
-    fn gradient_ready(&self, index: usize, gradient: &Tensor) -> bool {
-        let place = &self.places[index];
-        let mut state = self.lock();
-        let state = &mut *state;
-        let Some(buffer) = state.filling[place.bucket].as_mut() else { return false };
-        if place.view(buffer).f_copy_(gradient).is_err() {
-            return false;
+/// A bucket after a gradient came.
+enum Filled {
+    InPart,
+    Full,
+    Failed,
+}
+
+/// One lane's way into the buckets.
+struct LaneSink {
+    sink: Arc<Sink>,
+    lane: usize,
+}
+
+impl GradientSink for LaneSink {
+    fn gradient_ready(&self, index: usize, gradient: &Tensor) -> Gradient {
+        match self.sink.fill(self.lane, &self.sink.places[index], gradient) {
+            None => return Gradient::Left,
+            Some(Filled::Failed) => return Gradient::Failed,
+            Some(Filled::InPart) => return Gradient::Taken,
+            Some(Filled::Full) => {}
         }
-        state.missing[place.bucket] -= 1;
-        while let Some(next) = state.filling.get_mut(state.pending.len())
-            && state.missing[state.pending.len()] == 0
-        {
-            let Some(full) = next.take() else { return false };
-            match self.exchange.collective().start_all_reduce(full) {
-                Ok(pending) => state.pending.push(pending),
-                Err(error) => {
-                    self.exchange.fail(error);
-                    return false;
-                }
+        match self.sink.start_full() {
+            Ok(()) => Gradient::Taken,
+            Err(error) => {
+                self.sink.exchange.fail(error);
+                Gradient::Failed
             }
         }
-        true
     }
 }
 

@@ -1,38 +1,71 @@
 //! [`Exchange`]: the trainer's side of the collective, with the time that computing waited for it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::collective::{Collective, CollectiveError};
+use takuma_core::ids::Generation;
+
+use crate::collective::{Collective, CollectiveError, Loopback};
 use crate::torch::SumReducer;
 
-/// A collective plus what the step loop wants to know of it: time lost waiting, and the first error,
-/// which cannot travel through libtorch's backward pass.
+/// The collective of the group that this worker is in at the moment, plus what the step loop wants to
+/// know of it: time lost waiting, and the first error, which cannot travel through libtorch's backward
+/// pass. Lives as long as the networks, whose gradient hooks hold it; groups come and go.
 #[derive(Debug)]
 pub struct Exchange {
-    collective: Box<dyn Collective>,
+    current: Mutex<Current>,
     waited_ns: AtomicU64,
-    error: Mutex<Option<CollectiveError>>,
+}
+
+#[derive(Debug)]
+struct Current {
+    collective: Arc<dyn Collective>,
+    groups: u64,
+    error: Option<CollectiveError>,
 }
 
 impl Exchange {
-    /// Takes over the group's collective.
+    /// An exchange with nobody, until [`Exchange::enter`].
     #[must_use]
-    pub fn new(collective: Box<dyn Collective>) -> Arc<Self> {
-        Arc::new(Self { collective, waited_ns: AtomicU64::new(0), error: Mutex::new(None) })
+    pub fn new() -> Arc<Self> {
+        let collective = Arc::new(Loopback::new(Generation(0)));
+        Arc::new(Self {
+            current: Mutex::new(Current { collective, groups: 0, error: None }),
+            waited_ns: AtomicU64::new(0),
+        })
+    }
+
+    /// Goes over to the next group: its collective takes the place of the old one, whose error and waited
+    /// time are forgotten. To be called between two phases.
+    pub fn enter(&self, collective: Box<dyn Collective>) {
+        let collective: Arc<dyn Collective> = collective.into();
+        let old = {
+            let mut current = self.lock();
+            let groups = current.groups + 1;
+            std::mem::replace(&mut *current, Current { collective, groups, error: None })
+        };
+        self.waited_ns.store(0, Ordering::Relaxed);
+        // Outside of the lock: closing the old group's connections joins threads.
+        drop(old);
     }
 
     /// The group's collective.
     #[must_use]
-    pub fn collective(&self) -> &dyn Collective {
-        &*self.collective
+    pub fn collective(&self) -> Arc<dyn Collective> {
+        Arc::clone(&self.lock().collective)
     }
 
-    /// Whether there is anybody to exchange with.
+    /// How many groups were entered: tells what was made in this group from what is older.
+    #[must_use]
+    pub fn groups(&self) -> u64 {
+        self.lock().groups
+    }
+
+    /// Whether there is nobody to exchange with.
     #[must_use]
     pub fn is_alone(&self) -> bool {
-        self.collective.world() == 1
+        self.lock().collective.world() == 1
     }
 
     /// Runs a blocking exchange and counts its time as waited.
@@ -43,27 +76,32 @@ impl Exchange {
         &self,
         exchange: impl FnOnce(&dyn Collective) -> Result<T, CollectiveError>,
     ) -> Result<T, CollectiveError> {
+        let collective = self.collective();
         let begin = Instant::now();
-        let result = exchange(&*self.collective);
+        let result = exchange(&*collective);
         self.waited_ns.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
         result
     }
 
     /// Keeps an error that happened inside a pass; the first one stays.
     pub fn fail(&self, error: CollectiveError) {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.lock().error.get_or_insert(error);
     }
 
     /// The error that ended a pass, if the exchange was the reason.
     #[must_use]
     pub fn take_error(&self) -> Option<CollectiveError> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.lock().error.take()
     }
 
     /// Time waited since the last call.
     #[must_use]
     pub fn take_waited(&self) -> Duration {
         Duration::from_nanos(self.waited_ns.swap(0, Ordering::Relaxed))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

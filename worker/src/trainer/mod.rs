@@ -1,16 +1,22 @@
-//! The step loop and what it stands on: batches, gradient exchange, optimizer, samples.
+//! The step loop and what it stands on: groups, batches, gradient exchange, optimizer, samples.
 
+mod agree;
 mod buckets;
 mod exchange;
+mod fault;
 mod feed;
-mod job;
 mod optimizer;
 mod progress;
 mod samples;
+mod spool;
+mod stopper;
+mod thread;
 
-pub use buckets::{GradientBuckets, SummedGradients};
+pub use buckets::{GradientBuckets, SumOrder, SummedGradients};
 pub use exchange::Exchange;
 pub use feed::Feed;
-pub use job::{Job, JobError, Outcome, Reports};
 pub use optimizer::Adam;
 pub use progress::{Now, Progress};
+pub use spool::{Spool, Stamp};
+pub use stopper::Stopper;
+pub use thread::{Command, JobError, Note, Parts, Seat, Trainer};

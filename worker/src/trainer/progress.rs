@@ -14,7 +14,7 @@ pub struct Progress {
 /// Where a trainer is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Now {
-    /// "loading", "d", "g1", "g2", "sampling" or "checkpoint".
+    /// "loading", "forming", "d", "g1", "g2", "sampling", "checkpoint", "parked" or "ended".
     pub phase: &'static str,
     /// Seconds of computing, data and exchange in the last finished step.
     pub last_step_s: [f64; 3],
@@ -46,6 +46,11 @@ impl Progress {
     /// Asks the group to stop after a step.
     pub fn request_stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// A group goes on from `step` finished steps.
+    pub(super) fn begin(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
     }
 
     pub(super) fn stop_requested(&self) -> bool {

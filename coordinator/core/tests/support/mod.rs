@@ -8,7 +8,7 @@ use takuma_core::config::{Recipe, RunConfig};
 use takuma_core::dataset::{DATASET_FORMAT, DatasetManifest, ShardEntry};
 use takuma_core::event::*;
 use takuma_core::ids::Generation;
-use takuma_core::record::CheckpointMark;
+use takuma_core::record::{CheckpointMark, Origin};
 
 pub fn cluster() -> Cluster {
     Cluster::new(Options::new("file:///s", "0"))
@@ -41,7 +41,25 @@ pub fn hello(name: &str) -> Hello {
         pid: 1,
         device: "cpu".into(),
         threads: 1,
+        membership: None,
     }
+}
+
+/// What a member says that comes back from `prepare`'s group.
+pub fn claim(prepare: &Prepare, parked: bool) -> Claim {
+    Claim {
+        fence: prepare.fence.clone(),
+        run_id: prepare.run_id.clone(),
+        rank: prepare.rank,
+        members: prepare.members.clone(),
+        position: Position::default(),
+        parked,
+        changes_to: None,
+    }
+}
+
+pub fn formed(fence: Fence, step: u64) -> Formed {
+    Formed { fence, position: Position { step, phase: 1 }, stalled_s: 0.12, restored: 0 }
 }
 
 pub fn submission(name: &str, steps: u64, workers: Option<u32>) -> Submission {
@@ -49,12 +67,19 @@ pub fn submission(name: &str, steps: u64, workers: Option<u32>) -> Submission {
     config.global_batch = 8;
     config.steps = Some(steps);
     config.workers = workers;
-    Submission { name: Some(name.into()), config, dataset: dataset(), random: [1, 2] }
+    Submission { name: Some(name.into()), config, dataset: dataset(), origin: None, random: [1, 2] }
+}
+
+/// The checkpoint of a run like those of [`submission`].
+pub fn origin(run: &str, step: u64) -> Box<OriginCheckpoint> {
+    let config = submission(run, step, None).config;
+    let mark = Origin { run: run.into(), step };
+    Box::new(OriginCheckpoint { mark, config, dataset_digest: dataset().digest })
 }
 
 pub fn step_report(fence: Fence, step: u64) -> StepReport {
     let times = StepTimes { compute_s: 0.5, data_s: 0.0, exchange_s: 0.5 };
-    StepReport { fence, step, epoch: 0, d_loss: 1.0, g_loss: 2.0, d_acc: 0.5, step_s: 1.0, times }
+    StepReport { fence, step, epoch: 0, d_loss: 1.0, g_loss: 2.0, d_acc: 0.5, step_s: 1.0, times, fed: 0 }
 }
 
 /// A tile of 8 one-pixel cells split like the slots.
@@ -77,9 +102,13 @@ pub fn member_end(fence: Fence, outcome: Outcome, step: u64) -> MemberEnd {
     MemberEnd { fence, outcome, step, weights_sha256: format!("sha-{step}") }
 }
 
-pub fn failure(fence: Fence, peer_lost: bool, suspect_rank: Option<u32>) -> MemberFailure {
-    let message = if peer_lost { "the peer closed the connection" } else { "out of memory" };
-    MemberFailure { fence, step: 0, phase: "d".into(), peer_lost, suspect_rank, message: message.into() }
+pub fn failure(fence: Fence, kind: FailureKind) -> MemberFailure {
+    let message = match kind {
+        FailureKind::PeerLost { .. } => "the peer closed the connection",
+        FailureKind::Local => "out of memory",
+        FailureKind::Run => "the loss is not finite",
+    };
+    MemberFailure { fence, step: 0, phase: "d".into(), kind, message: message.into() }
 }
 
 pub fn fence(run: &str, generation: u64) -> Fence {
@@ -111,7 +140,7 @@ pub fn tell(action: &Action) -> String {
         Action::RecordMetrics { run, line } => {
             format!("metrics {run} step {} g{}", line.step, line.generation)
         }
-        Action::RewindMetrics { run, step } => format!("rewind {run} to {step}"),
+        Action::RewindMetrics { run, step, .. } => format!("rewind {run} to {step}"),
         Action::StoreGrid { grid } => format!("store grid {} step {}", grid.fence.run, grid.step),
         Action::CommitCheckpoint { manifest } => format!(
             "commit {} step {} g{} by {}",
@@ -131,14 +160,23 @@ fn tell_directive(directive: &Directive) -> String {
         Directive::Prepare(prepare) => {
             let share = |peer: &Peer| format!("{}:{}+{}", peer.worker, peer.slots.first, peer.slots.count);
             let members: Vec<String> = prepare.members.iter().map(share).collect();
-            let resume = if prepare.resume { ", resume" } else { "" };
+            let state = match prepare.state {
+                StateSource::Fresh => "fresh".to_owned(),
+                StateSource::Checkpoint(step) if prepare.checkpoint_url == prepare.run_url => {
+                    format!("from checkpoint {step}")
+                }
+                StateSource::Checkpoint(step) => {
+                    format!("from checkpoint {step} in {}", prepare.checkpoint_url)
+                }
+                StateSource::Peers => "from peers".to_owned(),
+            };
+            let when = if prepare.when == When::Now { "now" } else { "at the next step" };
             format!(
-                "prepare {} g{} rank {} of [{}] from {}{resume} to {}",
+                "prepare {} g{} rank {} of [{}] {state} {when} to {}",
                 prepare.fence.run,
                 prepare.fence.generation,
                 prepare.rank,
                 members.join(" "),
-                prepare.start_step,
                 prepare.target_steps
             )
         }
@@ -148,5 +186,12 @@ fn tell_directive(directive: &Directive) -> String {
             format!("abort {} g{}: {message}", fence.run, fence.generation)
         }
         Directive::CheckpointCommitted { run, step } => format!("committed {run} step {step}"),
+        Directive::Kept { run, step, grids, reals, resend } => {
+            let reals = if *reals { ", reals" } else { "" };
+            let resend = if *resend { ", resend" } else { "" };
+            format!("kept {run} to step {step}, grids {grids:?}{reals}{resend}")
+        }
+        Directive::Release(fence) => format!("release {} g{}", fence.run, fence.generation),
+        Directive::Farewell => "farewell".to_owned(),
     }
 }

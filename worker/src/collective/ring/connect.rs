@@ -112,6 +112,7 @@ impl Formation<'_> {
             world: self.world,
             channel,
             channels: self.config.sockets(),
+            lanes: self.config.lanes_digest(),
         }
     }
 
@@ -274,10 +275,20 @@ fn prepare(stream: &Socket, config: &RingConfig) -> Result<(), CollectiveError> 
         sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
         sockopt::set_tcp_keepintvl(stream, Duration::from_secs(2))?;
         sockopt::set_tcp_keepcnt(stream, 3)?;
-        let unacknowledged_ms = u32::try_from(config.timeout.as_millis()).unwrap_or(u32::MAX);
-        Ok(sockopt::set_tcp_user_timeout(stream, unacknowledged_ms)?)
+        set_unacknowledged(stream, config.timeout.max(config.silence))
     };
     set().map_err(|error| CollectiveError::local(FORMING, "a socket could not be set up", error))
+}
+
+/// Sets how long the kernel keeps a TCP connection whose peer acknowledges nothing or has no room: not
+/// shorter than this side is ready to wait, or the kernel would take a busy peer for a lost one.
+pub(super) fn set_unacknowledged(stream: &Socket, longest: Duration) -> io::Result<()> {
+    if stream.local_addr()?.domain() == Domain::UNIX {
+        return Ok(());
+    }
+    // Zero would be the system's own limit.
+    let longest_ms = u32::try_from(longest.as_millis()).unwrap_or(u32::MAX).max(1);
+    Ok(sockopt::set_tcp_user_timeout(stream, longest_ms)?)
 }
 
 /// Tells a neighbour over its control connection, if there is one, why there will be no ring.

@@ -11,11 +11,11 @@ use takuma_core::ids::{Generation, Rank};
 use super::{
     Kind, Ring, RingConfig, RingListener,
     greeting::{Greeting, run_hash},
-    group::Side,
+    group::{Group, Side},
     listener::GREETING_MAX,
 };
 use crate::collective::{
-    Collective, CollectiveError,
+    Collective, CollectiveError, PendingReduce,
     contract::{connect, form, together},
 };
 
@@ -32,29 +32,76 @@ fn without(mut rings: Vec<Ring>, rank: usize) -> (Ring, Vec<Ring>) {
     (taken, rings)
 }
 
-/// What the ranks get from a bucket that cannot be summed, and how long it took.
+type Start = fn(&Ring) -> Result<PendingReduce, CollectiveError>;
+
+/// Both ways to sum a bucket, and how their errors begin when rank 1 is lost.
+const SUMS: [(Start, &str); 2] = [
+    (|ring| ring.start_all_reduce(vec![1.0; 200_000]), "rank 1 was lost during all_reduce"),
+    (|ring| ring.start_chain_reduce(vec![vec![1.0; 200_000]]), "rank 1 was lost during chain_reduce"),
+];
+
+/// What the ranks get from a bucket that cannot be summed, in less than [`AT_ONCE`].
 fn failures(rings: &[Ring]) -> Vec<CollectiveError> {
-    let start = Instant::now();
+    failures_of(rings, SUMS[0].0)
+}
+
+fn failures_of(rings: &[Ring], start: Start) -> Vec<CollectiveError> {
+    let begin = Instant::now();
     let failures = together(rings.iter().collect(), |ring: &Ring| {
-        ring.start_all_reduce(vec![1.0; 200_000]).and_then(|pending| pending.wait()).unwrap_err()
+        start(ring).and_then(PendingReduce::wait).unwrap_err()
     });
-    assert!(start.elapsed() < AT_ONCE, "took {:?}", start.elapsed());
+    assert!(begin.elapsed() < AT_ONCE, "took {:?}", begin.elapsed());
     failures
+}
+
+fn group(ring: &Ring) -> &Group {
+    &ring.links.as_ref().unwrap().group
+}
+
+/// Returns once all of `rings` wait for data at the same time.
+fn until_all_wait(rings: &[Ring]) {
+    let begin = Instant::now();
+    while !rings.iter().all(|ring| group(ring).is_waiting()) {
+        assert!(begin.elapsed() < Duration::from_secs(20), "some rank does not wait");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
 fn killed_rank_is_named_by_all_survivors_at_once() {
-    for world in [2, 3, 5] {
+    for (world, (start, words)) in [2, 3, 5].into_iter().flat_map(|world| SUMS.map(|sum| (world, sum))) {
         let (killed, survivors) = without(form(world, |_| {}), 1);
         let failures = std::thread::scope(|scope| {
             scope.spawn(move || killed.vanish());
-            failures(&survivors)
+            failures_of(&survivors, start)
         });
         for failure in &failures {
             assert!(matches!(failure, CollectiveError::PeerLost { .. }), "{failure}");
             assert_eq!(failure.suspect_rank(), Some(Rank(1)), "{failure}");
-            assert!(failure.to_string().starts_with("rank 1 was lost during all_reduce"), "{failure}");
+            assert!(failure.to_string().starts_with(words), "{failure}");
         }
+    }
+}
+
+#[test]
+fn rank_killed_in_the_middle_of_a_chain_is_named_by_all() {
+    for victim in 0..3 {
+        // Rank 3 does not join in, so the others are all under way and cannot get to the end.
+        let (idle, mut joined) = without(form(4, |_| {}), 3);
+        let start = |ring: &Ring| ring.start_chain_reduce(vec![vec![1.0; 2_000_000]]).unwrap();
+        let mut pending: Vec<_> = joined.iter().map(start).collect();
+        until_all_wait(&joined);
+        let begin = Instant::now();
+        joined.remove(victim).vanish();
+        drop(pending.remove(victim));
+        for failure in pending.into_iter().map(|pending| pending.wait().unwrap_err()) {
+            assert!(matches!(failure, CollectiveError::PeerLost { .. }), "{failure}");
+            assert_eq!(failure.suspect_rank(), Some(Rank(victim as u32)), "{failure}");
+            let words = format!("rank {victim} was lost during chain_reduce");
+            assert!(failure.to_string().starts_with(&words), "{failure}");
+        }
+        assert_eq!(idle.barrier().unwrap_err().suspect_rank(), Some(Rank(victim as u32)));
+        assert!(begin.elapsed() < AT_ONCE, "took {:?}", begin.elapsed());
     }
 }
 
@@ -82,25 +129,105 @@ fn rank_that_leaves_after_the_last_operation_disturbs_nobody() {
 
 #[test]
 fn rank_that_joins_no_operation_is_timed_out_by_name() {
-    let rings = form(4, |config| config.timeout = Duration::from_millis(300));
-    let (idle, waiting) = without(rings, 1);
-    for failure in failures(&waiting) {
+    for (start, _) in SUMS {
+        let rings = form(4, |config| config.timeout = Duration::from_millis(300));
+        let (idle, waiting) = without(rings, 1);
+        for failure in failures_of(&waiting, start) {
+            assert!(matches!(failure, CollectiveError::Timeout { .. }), "{failure}");
+            assert_eq!(failure.suspect_rank(), Some(Rank(1)), "{failure}");
+        }
+        // It is told, too, so that it does not wait for a group that is gone.
+        assert_eq!(idle.barrier().unwrap_err().suspect_rank(), Some(Rank(1)));
+    }
+}
+
+#[test]
+fn shorter_timeout_ends_a_wait_under_way_and_blames_who_does_not_wait() {
+    let (_idle, waiting) = without(form(4, |_| {}), 1);
+    let pending: Vec<_> = waiting.iter().map(|ring| SUMS[0].0(ring).unwrap()).collect();
+    until_all_wait(&waiting);
+    let begin = Instant::now();
+    for ring in &waiting {
+        ring.set_timeout(Duration::from_millis(300));
+    }
+    for failure in pending.into_iter().map(|pending| pending.wait().unwrap_err()) {
         assert!(matches!(failure, CollectiveError::Timeout { .. }), "{failure}");
         assert_eq!(failure.suspect_rank(), Some(Rank(1)), "{failure}");
     }
-    // It is told, too, so that it does not wait for a group that is gone.
-    assert_eq!(idle.barrier().unwrap_err().suspect_rank(), Some(Rank(1)));
+    assert!(begin.elapsed() < AT_ONCE, "took {:?}", begin.elapsed());
+}
+
+#[test]
+fn longer_timeout_lets_the_others_come_late() {
+    let old = Duration::from_millis(300);
+    let (late, waiting) = without(form(3, |config| config.timeout = old), 1);
+    for ring in waiting.iter().chain([&late]) {
+        ring.set_timeout(Duration::from_secs(20));
+    }
+    std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        for ring in &waiting {
+            let tell = tell.clone();
+            scope.spawn(move || tell.send(SUMS[0].0(ring).and_then(PendingReduce::wait)).unwrap());
+        }
+        let early = told.recv_timeout(old * 2);
+        assert!(early.is_err(), "{early:?}");
+        assert_eq!(SUMS[0].0(&late).unwrap().wait().unwrap()[0], 3.0);
+        for _ in &waiting {
+            assert_eq!(told.recv().unwrap().unwrap()[0], 3.0);
+        }
+    });
+}
+
+#[test]
+fn timeout_reaches_the_kernel_too() {
+    let rings = form(2, |config| config.use_local_sockets = false);
+    rings[0].set_timeout(Duration::from_secs(77));
+    let set = rustix::net::sockopt::tcp_user_timeout(group(&rings[0]).control(Side::Next)).unwrap();
+    assert_eq!(set, 77_000);
+    // Never below the longest silence, which is 10 s here: the warden decides about silence.
+    rings[0].set_timeout(Duration::from_millis(50));
+    let set = rustix::net::sockopt::tcp_user_timeout(group(&rings[0]).control(Side::Next)).unwrap();
+    assert_eq!(set, 10_000);
 }
 
 #[test]
 fn silent_process_is_noticed_though_its_sockets_stand() {
-    let rings = form(4, |config| config.silence = Duration::from_millis(500));
-    rings[2].freeze();
-    let (_frozen, waiting) = without(rings, 2);
-    for failure in failures(&waiting) {
-        assert!(matches!(failure, CollectiveError::Timeout { .. }), "{failure}");
-        assert_eq!(failure.suspect_rank(), Some(Rank(2)), "{failure}");
+    for (start, _) in SUMS {
+        let rings = form(4, |config| config.silence = Duration::from_millis(500));
+        rings[2].freeze();
+        let (_frozen, waiting) = without(rings, 2);
+        for failure in failures_of(&waiting, start) {
+            assert!(matches!(failure, CollectiveError::Timeout { .. }), "{failure}");
+            assert_eq!(failure.suspect_rank(), Some(Rank(2)), "{failure}");
+        }
     }
+}
+
+#[test]
+fn neighbour_that_still_waits_for_its_own_is_not_taken_for_silent() {
+    let listeners = [listener(), listener(), listener(), listener()];
+    let members: Vec<String> = listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
+    let silence = Duration::from_millis(300);
+    let join = |rank: usize| {
+        let mut config = RingConfig::new("contract", Rank(rank as u32), Generation(1), members.clone());
+        config.silence = silence;
+        Ring::connect(&listeners[rank], config).and_then(|ring| ring.barrier())
+    };
+    std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        // Rank 1 meets both neighbours, which then wait for rank 3 and give no signs of life yet.
+        for rank in 0..3 {
+            let (tell, join) = (tell.clone(), &join);
+            scope.spawn(move || tell.send(join(rank)).unwrap());
+        }
+        let early = told.recv_timeout(silence * 3);
+        assert!(early.is_err(), "{early:?}");
+        join(3).unwrap();
+        for _ in 0..3 {
+            told.recv().unwrap().unwrap();
+        }
+    });
 }
 
 #[test]
@@ -114,7 +241,12 @@ fn ranks_with_other_lengths_find_out() {
         let bucket = vec![1.0; if ring.rank() == Rank(1) { 0 } else { 90_000 }];
         ring.start_all_reduce(bucket).and_then(|pending| pending.wait()).unwrap_err()
     });
-    for failure in short.iter().chain(&buckets) {
+    let rings = form(3, |_| {});
+    let chains = together(rings.iter().collect(), |ring: &Ring| {
+        let lane = vec![1.0; if ring.rank() == Rank(1) { 0 } else { 90_000 }];
+        ring.start_chain_reduce(vec![lane]).and_then(|pending| pending.wait()).unwrap_err()
+    });
+    for failure in short.iter().chain(&buckets).chain(&chains) {
         assert!(matches!(failure, CollectiveError::Protocol { .. }), "{failure}");
         assert!(failure.to_string().contains("values"), "{failure}");
     }
@@ -130,6 +262,15 @@ fn ranks_in_other_operations_find_out() {
     for failure in failures {
         assert!(matches!(failure, CollectiveError::Protocol { .. }), "{failure}");
         assert!(failure.to_string().contains("barrier 2"), "{failure}");
+    }
+    let rings = form(2, |_| {});
+    let failures = together(rings.iter().collect(), |ring: &Ring| {
+        let (start, _) = SUMS[ring.rank().0 as usize];
+        start(ring).and_then(PendingReduce::wait).unwrap_err()
+    });
+    for failure in failures {
+        assert!(matches!(failure, CollectiveError::Protocol { .. }), "{failure}");
+        assert!(failure.to_string().contains("chain_reduce 1 of a bucket"), "{failure}");
     }
 }
 
@@ -163,8 +304,7 @@ fn absurd_length_from_a_member_is_refused_before_memory_is_taken() {
 #[test]
 fn garbage_between_members_ends_the_group_and_names_the_sender() {
     let rings = form(3, |_| {});
-    let group = &rings[0].links.as_ref().unwrap().group;
-    group.control(Side::Next).write_all(&[0xa5; 512]).unwrap();
+    group(&rings[0]).control(Side::Next).write_all(&[0xa5; 512]).unwrap();
     let failure = failures(&rings[1..2]).remove(0);
     assert!(matches!(failure, CollectiveError::Protocol { rank: Rank(0), .. }), "{failure}");
 }
@@ -260,17 +400,25 @@ fn missing_member_is_named_by_all_who_came() {
 
 #[test]
 fn members_with_other_settings_find_out() {
-    let listeners = [listener(), listener()];
-    let members: Vec<String> = listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
-    let failures = together(vec![0, 1], |rank| {
-        let mut config = RingConfig::new("contract", Rank(rank), Generation(1), members.clone());
-        config.channels = 1 + rank as usize;
-        Ring::connect(&listeners[rank as usize], config).unwrap_err()
-    });
-    assert!(
-        failures.iter().any(|failure| matches!(failure, CollectiveError::Protocol { .. })),
-        "{failures:?}"
-    );
+    type Adjust = fn(&mut RingConfig);
+    let adjusts: [(Adjust, &str); 2] = [
+        (|config| config.channels = 1 + config.rank.0 as usize, "channels"),
+        (|config| config.lanes_by_rank = vec![1, 2 + config.rank.0], "lanes"),
+    ];
+    for (adjust, word) in adjusts {
+        let listeners = [listener(), listener()];
+        let members: Vec<String> =
+            listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
+        let failures = together(vec![0, 1], |rank| {
+            let mut config = RingConfig::new("contract", Rank(rank), Generation(1), members.clone());
+            adjust(&mut config);
+            Ring::connect(&listeners[rank as usize], config).unwrap_err()
+        });
+        let is_named = |failure: &CollectiveError| {
+            matches!(failure, CollectiveError::Protocol { .. }) && failure.to_string().contains(word)
+        };
+        assert!(failures.iter().any(is_named), "{failures:?}");
+    }
 }
 
 #[test]
@@ -312,6 +460,7 @@ fn strangers_with_good_manners_fill_no_more_than_their_places() {
             world: 1000,
             channel: 0,
             channels: 3,
+            lanes: 0,
         };
         stranger.write_all(&greeting.encode()).unwrap();
         strangers.push(stranger);

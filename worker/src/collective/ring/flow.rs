@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::sum::{add, bytes_of, bytes_of_mut};
+use crate::collective::sum::{add, bytes_of, bytes_of_mut, chain};
 
 /// How many blocks an operation moves through one rank.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +27,10 @@ pub(super) trait Flow {
 
     /// Bytes of the block received as number `hop`.
     fn receive_bytes(&self, hop: usize) -> usize;
+
+    /// Bytes `span` of block `hop`, a whole frame, are about to be sent: the last moment to compute them.
+    /// Called once a frame.
+    fn departing(&mut self, _hop: usize, _span: Range<usize>) {}
 
     /// What to send for bytes `span` of block `hop`.
     fn outgoing(&self, hop: usize, span: Range<usize>) -> &[u8];
@@ -120,6 +124,93 @@ impl Flow for SumFlow<'_> {
             let values = self.values(self.seat.back(hop % self.seat.world + 1), &span);
             let received = &self.scratch[..values.len()];
             add(&mut self.bucket[values], received);
+        }
+    }
+}
+
+/// Sum of a bucket over lanes in their global order, whatever ranks hold them.
+///
+/// The bucket is one block, and passes the ring twice. From rank 0 to the last one it is the chain so
+/// far, to which each rank adds its lanes, frame by frame; from the last rank on, over rank 0, to the one
+/// before the last, it is the sum. So the last rank, which ends the first round, sends what it has just
+/// finished, and rank 0, which begins it, is the only one to send unasked.
+///
+/// Chain and sum share the first lane's memory: a frame of the sum comes only after that frame of the
+/// chain has left, since it was made from it.
+pub(super) struct ChainFlow<'a> {
+    pub seat: Seat,
+    /// f32 `[lanes][len]`, at least one; the sum ends up in the first.
+    pub lanes: &'a mut [Vec<f32>],
+    /// f32 `[FRAME_PAYLOAD_BYTES / 4]`: a frame to which the lanes are added.
+    pub scratch: &'a mut [f32],
+}
+
+impl ChainFlow<'_> {
+    fn is_first(&self) -> bool {
+        self.seat.rank == 0
+    }
+
+    fn is_last(&self) -> bool {
+        self.seat.rank + 1 == self.seat.world
+    }
+
+    /// True if what is received as block `hop` is the chain so far, false if it is the sum.
+    fn is_partial(&self, hop: usize) -> bool {
+        hop == 0 && !self.is_first()
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.lanes[0].len() * VALUE_BYTES
+    }
+}
+
+fn values_of(span: &Range<usize>) -> Range<usize> {
+    span.start / VALUE_BYTES..span.end / VALUE_BYTES
+}
+
+impl Flow for ChainFlow<'_> {
+    fn hops(&self) -> Hops {
+        // The rank before the last one is where the sum's way ends.
+        let passes_sum_on = self.seat.rank + 2 != self.seat.world;
+        Hops {
+            send: usize::from(!self.is_last()) + usize::from(passes_sum_on),
+            receive: usize::from(!self.is_first()) + usize::from(!self.is_last()),
+            lead: usize::from(self.is_first()),
+        }
+    }
+
+    fn send_bytes(&self, _hop: usize) -> usize {
+        self.block_bytes()
+    }
+
+    fn receive_bytes(&self, _hop: usize) -> usize {
+        self.block_bytes()
+    }
+
+    fn departing(&mut self, hop: usize, span: Range<usize>) {
+        if self.is_first() && hop == 0 {
+            chain(self.lanes, values_of(&span));
+        }
+    }
+
+    fn outgoing(&self, _hop: usize, span: Range<usize>) -> &[u8] {
+        bytes_of(&self.lanes[0][values_of(&span)])
+    }
+
+    fn incoming(&mut self, hop: usize, span: Range<usize>) -> &mut [u8] {
+        if self.is_partial(hop) {
+            bytes_of_mut(&mut self.scratch[..span.len() / VALUE_BYTES])
+        } else {
+            bytes_of_mut(&mut self.lanes[0][values_of(&span)])
+        }
+    }
+
+    fn arrived(&mut self, hop: usize, span: Range<usize>) {
+        if self.is_partial(hop) {
+            let values = values_of(&span);
+            // The first lane plus the chain is the chain plus the first lane, to the bit.
+            add(&mut self.lanes[0][values.clone()], &self.scratch[..values.len()]);
+            chain(self.lanes, values);
         }
     }
 }

@@ -26,10 +26,12 @@ pub(super) enum Kind {
     BroadcastLength = 6,
     Broadcast = 7,
     Barrier = 8,
+    Chain = 9,
+    ChainF64 = 10,
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Bucket,
         Self::Sum,
         Self::SumF64,
@@ -38,7 +40,22 @@ impl Kind {
         Self::BroadcastLength,
         Self::Broadcast,
         Self::Barrier,
+        Self::Chain,
+        Self::ChainF64,
     ];
+
+    /// What the operation is called before it has a number.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Bucket => "all_reduce of a bucket",
+            Self::Sum | Self::SumF64 => "all_reduce",
+            Self::Lengths | Self::Gather => "all_gather",
+            Self::BroadcastLength | Self::Broadcast => "broadcast",
+            Self::Barrier => "barrier",
+            Self::Chain => "chain_reduce of a bucket",
+            Self::ChainF64 => "chain_reduce",
+        }
+    }
 }
 
 /// One operation: equal on all ranks, or they have gone different ways.
@@ -63,6 +80,8 @@ impl fmt::Display for Operation {
             Kind::BroadcastLength => write!(f, "broadcast {sequence} from rank {total}"),
             Kind::Broadcast => write!(f, "broadcast {sequence} of {total} bytes"),
             Kind::Barrier => write!(f, "barrier {sequence}"),
+            Kind::Chain => write!(f, "chain_reduce {sequence} of a bucket of {total} values"),
+            Kind::ChainF64 => write!(f, "chain_reduce {sequence} of {total} f64 values"),
         }
     }
 }

@@ -14,7 +14,7 @@ const GREETING_MAGIC: u32 = u32::from_le_bytes(*b"TKG1");
 const ANSWER_MAGIC: u32 = u32::from_le_bytes(*b"TKA1");
 
 /// Of greetings, frames and notices together.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Who dials, and what for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub(super) struct Greeting {
     pub channel: u16,
     /// Number of channels between neighbours.
     pub channels: u16,
+    /// [`super::RingConfig::lanes_digest`].
+    pub lanes: u16,
 }
 
 /// A greeting that cannot be taken.
@@ -52,6 +54,7 @@ impl Greeting {
         bytes[28..32].copy_from_slice(&self.to.0.to_le_bytes());
         bytes[32..36].copy_from_slice(&self.world.to_le_bytes());
         bytes[36..38].copy_from_slice(&self.channels.to_le_bytes());
+        bytes[38..40].copy_from_slice(&self.lanes.to_le_bytes());
         bytes
     }
 
@@ -70,6 +73,7 @@ impl Greeting {
             to: Rank(u32_at(bytes, 28)),
             world: u32_at(bytes, 32),
             channels: u16_at(bytes, 36),
+            lanes: u16_at(bytes, 38),
         })
     }
 }
@@ -86,7 +90,8 @@ pub(super) enum Answer {
     Welcome,
     /// The run has gone on to this generation.
     Stale(Generation),
-    /// The dialled rank sees another group: other size, other place or other number of channels.
+    /// The dialled rank sees another group: other size, other place, other number of channels or other
+    /// lanes.
     Mismatch,
     /// The dialled rank speaks another version.
     Version,
@@ -124,10 +129,14 @@ impl Answer {
     }
 }
 
-/// A run's name as 64 bits (FNV-1a). Guards against mixed-up addresses, not against malice.
+/// A run's name as 64 bits. Guards against mixed-up addresses, not against malice.
 pub(super) fn run_hash(run: &str) -> u64 {
-    run.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    fnv1a(run.bytes())
+}
+
+/// FNV-1a of `bytes`.
+pub(super) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -144,6 +153,7 @@ mod tests {
             world: 4,
             channel: 3,
             channels: 4,
+            lanes: 0x1234,
         };
         assert_eq!(Greeting::decode(&greeting.encode()), Ok(greeting));
         for answer in [Answer::Welcome, Answer::Stale(Generation(9)), Answer::Mismatch, Answer::Version] {

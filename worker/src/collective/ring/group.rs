@@ -10,7 +10,7 @@ use std::{
     os::fd::OwnedFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -20,6 +20,7 @@ use socket2::Socket;
 use takuma_core::ids::{Generation, Rank};
 
 use super::{
+    connect::set_unacknowledged,
     frame::Operation,
     notice::{Notice, Verdict},
 };
@@ -40,16 +41,25 @@ impl Side {
     pub(super) const BOTH: [Self; 2] = [Self::Previous, Self::Next];
 }
 
+/// `timeout` in microseconds; at least one, since nothing can be waited for in none.
+fn whole_us(timeout: Duration) -> u64 {
+    u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX).max(1)
+}
+
 /// One ring as its threads see it.
 #[derive(Debug)]
 pub(super) struct Group {
     pub rank: Rank,
     pub world: u32,
     pub generation: Generation,
-    /// Longest wait without a byte.
-    pub timeout: Duration,
+    /// Longest wait without a byte, in microseconds.
+    timeout_us: AtomicU64,
     /// Longest time without a sign of life on a control connection.
     pub silence: Duration,
+    /// Longest time that a neighbour may take to meet its other neighbour.
+    pub forming: Duration,
+    /// Every rank has met its neighbours.
+    pub is_formed: AtomicBool,
     data: Vec<Arc<Socket>>,
     control: [Socket; 2],
     /// Held while writing to `control`, so that notices do not mix.
@@ -62,7 +72,7 @@ pub(super) struct Group {
     pub in_flight: AtomicUsize,
     /// The warden does nothing, as in a stopped process.
     #[cfg(test)]
-    pub is_frozen: std::sync::atomic::AtomicBool,
+    pub is_frozen: AtomicBool,
     wake: OwnedFd,
 }
 
@@ -100,6 +110,7 @@ pub(super) struct Parts {
     pub generation: Generation,
     pub timeout: Duration,
     pub silence: Duration,
+    pub forming: Duration,
     /// By [`Side`].
     pub control: [Socket; 2],
     pub data: Vec<Arc<Socket>>,
@@ -107,13 +118,15 @@ pub(super) struct Parts {
 
 impl Group {
     pub(super) fn new(parts: Parts) -> io::Result<Self> {
-        let Parts { rank, world, generation, timeout, silence, control, data } = parts;
+        let Parts { rank, world, generation, timeout, silence, forming, control, data } = parts;
         Ok(Self {
             rank,
             world,
             generation,
-            timeout,
+            timeout_us: AtomicU64::new(whole_us(timeout)),
             silence,
+            forming,
+            is_formed: AtomicBool::new(false),
             data,
             control,
             control_turn: Mutex::default(),
@@ -122,9 +135,25 @@ impl Group {
             waiting: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
             #[cfg(test)]
-            is_frozen: std::sync::atomic::AtomicBool::new(false),
+            is_frozen: AtomicBool::new(false),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
+    }
+
+    /// Longest wait without a byte.
+    pub(super) fn timeout(&self) -> Duration {
+        Duration::from_micros(self.timeout_us.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_timeout(&self, timeout: Duration) {
+        self.timeout_us.store(whole_us(timeout), Ordering::Relaxed);
+        for socket in self.control.iter().chain(self.data.iter().map(|socket| &**socket)) {
+            if let Err(error) = set_unacknowledged(socket, timeout.max(self.silence)) {
+                // The group is over, or else the old limit still ends it, if early or late.
+                tracing::debug!(rank = self.rank.0, %error, "a socket kept its old limit");
+            }
+        }
+        self.wake_warden();
     }
 
     pub(super) fn peer(&self, side: Side) -> Rank {
@@ -138,7 +167,7 @@ impl Group {
         &self.control[side as usize]
     }
 
-    /// Readable once the group failed or closes.
+    /// Readable when the group failed or closes, or has another timeout.
     pub(super) fn wake(&self) -> &OwnedFd {
         &self.wake
     }
@@ -278,7 +307,7 @@ impl Group {
     pub(super) fn overdue(&self, sides: &[Side], operation: Operation, waited: Duration) -> CollectiveError {
         let idle = sides.iter().copied().find(|&side| !self.side(side).is_waiting);
         if idle.is_none() {
-            let grace = VERDICT_GRACE.max(self.timeout / 4);
+            let grace = VERDICT_GRACE.max(self.timeout() / 4);
             let state = self.state();
             let outcome = self
                 .changed
@@ -324,6 +353,14 @@ impl Group {
         if let Err(error) = socket.shutdown(how) {
             // The other end was faster.
             tracing::trace!(rank = self.rank.0, %error, "socket was already shut");
+        }
+    }
+
+    /// The warden is awake; whoever wakes it has changed before what it is to look at.
+    pub(super) fn heed_wake(&self) {
+        match rustix::io::read(&self.wake, &mut [0u8; 8]) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Err(error) => tracing::debug!(rank = self.rank.0, %error, "the warden cannot hear who wakes it"),
         }
     }
 

@@ -266,10 +266,13 @@ fn welcome(parked: Parked, wanted: &Greeting) -> Result<Socket, CollectiveError>
     Err(CollectiveError::Protocol {
         rank: wanted.from,
         operation: "forming the ring".into(),
-        detail: format!(
-            "it sees a group of {} with {} channels, this rank one of {} with {}; all workers need the same settings",
-            came.world, came.channels, wanted.world, wanted.channels
-        ),
+        detail: match (came.world, came.channels) == (wanted.world, wanted.channels) {
+            true => "it has the lanes dealt otherwise; all workers need the same settings".into(),
+            false => format!(
+                "it sees a group of {} with {} channels, this rank one of {} with {}; all workers need the same settings",
+                came.world, came.channels, wanted.world, wanted.channels
+            ),
+        },
     })
 }
 

@@ -7,7 +7,7 @@ use std::{
     io::{ErrorKind, IoSlice, IoSliceMut, Read, Write},
     ops::Range,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -19,6 +19,9 @@ use super::{
     group::{Group, Side},
 };
 use crate::collective::CollectiveError;
+
+/// How soon a wait under way heeds a timeout that was changed meanwhile.
+const TIMEOUT_SLICE: Duration = Duration::from_millis(250);
 
 /// One channel of the ring, used by one thread at a time.
 #[derive(Debug)]
@@ -140,7 +143,7 @@ impl Pipe {
         hops: Hops,
         sent: &mut Cursor,
         received: &Cursor,
-        flow: &impl Flow,
+        flow: &mut impl Flow,
     ) -> Result<Step, CollectiveError> {
         if sent.is_done() {
             return Ok(Step::Idle);
@@ -154,6 +157,7 @@ impl Pipe {
                     return Ok(Step::Idle);
                 }
                 let header = self.header(operation, sent.hop, &span);
+                flow.departing(sent.hop, span.clone());
                 Frame { wire: header.encode(), header, span, moved: 0 }
             }
         };
@@ -253,10 +257,24 @@ impl Pipe {
             fds.push(PollFd::new(&*self.to_next, PollFlags::OUT));
             sides.push(Side::Next);
         }
-        let left = self.group.timeout.saturating_sub(progress_at.elapsed());
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
         let waiting = self.group.note_waiting();
-        let ready = poll(&mut fds, Some(&left));
+        let (mut timeout, mut since) = (self.group.timeout(), progress_at);
+        let ready = loop {
+            let now_valid = self.group.timeout();
+            if now_valid < timeout {
+                // A shorter limit counts from now on: the neighbours' signs of life, which tell whom to
+                // blame, keep pace with it from now on only.
+                since = Instant::now();
+            }
+            timeout = now_valid;
+            let left = timeout.saturating_sub(since.elapsed());
+            let slice = left.min(TIMEOUT_SLICE);
+            let slice = Timespec { tv_sec: slice.as_secs() as i64, tv_nsec: i64::from(slice.subsec_nanos()) };
+            match poll(&mut fds, Some(&slice)) {
+                Ok(0) if since.elapsed() < timeout => {}
+                ready => break ready,
+            }
+        };
         drop(waiting);
         match ready {
             Ok(0) => Err(self.group.overdue(&sides, operation, progress_at.elapsed())),

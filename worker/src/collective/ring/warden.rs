@@ -6,11 +6,12 @@
 use std::{
     io::{ErrorKind, Read},
     net::Shutdown,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use takuma_core::ids::Rank;
 
 use super::{
     group::{Group, Side},
@@ -22,10 +23,21 @@ use crate::collective::CollectiveError;
 /// holds unread data resets the connection and may destroy the last notice on its way.
 const LINGER: Duration = Duration::from_millis(250);
 
+/// Signs of life in the longest time without one. One more than would do for five to fall into any such
+/// time, since a round takes a little longer than its beat.
+const BEATS_PER_SILENCE: u32 = 6;
+/// Longest and shortest time between two signs of life.
+const BEAT_MAX: Duration = Duration::from_millis(500);
+const BEAT_MIN: Duration = Duration::from_millis(2);
+/// Most reads from a neighbour in a row. What it sends is far less; one that has gone mad must not keep
+/// the warden from giving signs of life itself.
+const READS_PER_ROUND: usize = 64;
+
 /// One control connection as the warden sees it.
 struct Ear {
     side: Side,
-    heard_at: Instant,
+    /// Time since the last sign of life.
+    silent: Duration,
     buffer: [u8; NOTICE_BYTES],
     filled: usize,
     is_open: bool,
@@ -33,45 +45,65 @@ struct Ear {
 
 /// Watches until the group is over.
 pub(super) fn watch(group: &Arc<Group>) {
-    let now = Instant::now();
     let mut ears = Side::BOTH.map(|side| Ear {
         side,
-        heard_at: now,
+        silent: Duration::ZERO,
         buffer: [0; NOTICE_BYTES],
         filled: 0,
         is_open: true,
     });
-    // Often enough that what a neighbour last said is fresh when a wait for it runs out.
-    let beat = (group.silence / 5).min(group.timeout / 5);
-    let beat = beat.clamp(Duration::from_millis(2), Duration::from_millis(500));
-    let mut beat_at = now;
+    let mut round_at = Instant::now();
+    let mut beaten_at: Option<Instant> = None;
+    let mut was_formed = false;
     while !group.is_over() {
+        let beat = beat(group.silence, group.timeout());
         #[cfg(test)]
-        if group.is_frozen.load(std::sync::atomic::Ordering::Acquire) {
+        if group.is_frozen.load(Ordering::Acquire) {
             std::thread::park_timeout(beat);
             continue;
         }
-        if Instant::now() >= beat_at {
+        if beaten_at.is_none_or(|at| at.elapsed() >= beat) {
             let notice = Notice::Alive { waiting: group.is_waiting() };
             for ear in ears.iter().filter(|ear| ear.is_open) {
                 group.tell(ear.side, &notice);
             }
-            beat_at = Instant::now() + beat;
+            beaten_at = Some(Instant::now());
         }
-        wait(group, &ears, beat_at.saturating_duration_since(Instant::now()), true);
+        let left = beaten_at.map_or(beat, |at| beat.saturating_sub(at.elapsed()));
+        wait(group, &ears, left, true);
+        group.heed_wake();
+        let round = counted(round_at.elapsed(), beat);
+        round_at = Instant::now();
+        // Until all have met, a neighbour may give no sign because it waits for its other one.
+        let is_formed = group.is_formed.load(Ordering::Acquire);
+        let limit = if is_formed { group.silence } else { group.forming + group.silence };
         for ear in &mut ears {
+            ear.silent = if is_formed == was_formed { ear.silent + round } else { Duration::ZERO };
             listen(group, ear);
         }
+        was_formed = is_formed;
         // Only after listening: what a process that was stopped itself finds in its buffers counts.
-        if let Some(ear) = ears.iter().find(|ear| ear.is_open && ear.heard_at.elapsed() > group.silence) {
-            let waited = ear.heard_at.elapsed();
-            group.fail(silence(group.peer(ear.side), waited));
+        if let Some(ear) = ears.iter().find(|ear| ear.is_open && ear.silent > limit) {
+            group.fail(silence(group.peer(ear.side), ear.silent));
         }
     }
     linger(group, &mut ears);
 }
 
-fn silence(rank: takuma_core::ids::Rank, waited: Duration) -> CollectiveError {
+/// Time between two signs of life: often enough for [`BEATS_PER_SILENCE`], and for what a neighbour last
+/// said to be fresh when a wait for it runs out.
+fn beat(silence: Duration, timeout: Duration) -> Duration {
+    (silence / BEATS_PER_SILENCE).min(timeout / 5).clamp(BEAT_MIN, BEAT_MAX)
+}
+
+/// What a round that took `round` adds to a neighbour's silence. A round ends after a beat; if it took far
+/// longer, then this thread did not run, because its machine was paused or out of processors, and then the
+/// neighbour may not have run either, or its signs wait to be read.
+fn counted(round: Duration, beat: Duration) -> Duration {
+    round.min(beat * 2)
+}
+
+fn silence(rank: Rank, waited: Duration) -> CollectiveError {
     CollectiveError::Timeout {
         rank,
         waited,
@@ -100,9 +132,12 @@ fn wait(group: &Group, ears: &[Ear; 2], limit: Duration, until_over: bool) {
     }
 }
 
-/// Reads all that is there.
+/// Reads what is there.
 fn listen(group: &Group, ear: &mut Ear) {
-    while ear.is_open {
+    for _ in 0..READS_PER_ROUND {
+        if !ear.is_open {
+            return;
+        }
         match group.control(ear.side).read(&mut ear.buffer[ear.filled..]) {
             Ok(0) => return hang_up(group, ear, "its connection was closed"),
             Ok(count) => ear.filled += count,
@@ -112,7 +147,7 @@ fn listen(group: &Group, ear: &mut Ear) {
         }
         if ear.filled == NOTICE_BYTES {
             ear.filled = 0;
-            ear.heard_at = Instant::now();
+            ear.silent = Duration::ZERO;
             heed(group, ear);
         }
     }
@@ -157,5 +192,31 @@ fn linger(group: &Group, ears: &mut [Ear; 2]) {
         for ear in ears.iter_mut() {
             listen(group, ear);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::RingConfig;
+
+    #[test]
+    fn more_than_five_beats_fit_into_any_usual_silence() {
+        let usual = RingConfig::new("run", Rank(0), takuma_core::ids::Generation(1), vec!["a:1".into()]);
+        assert_eq!(usual.silence, Duration::from_millis(1500));
+        for silence_ms in [12, 100, 500, 1500, 10_000] {
+            let silence = Duration::from_millis(silence_ms);
+            assert!(beat(silence, usual.timeout) * 5 < silence);
+        }
+        assert_eq!(beat(usual.silence, Duration::from_millis(100)), Duration::from_millis(20));
+    }
+
+    #[test]
+    fn warden_that_did_not_run_takes_its_own_pause_for_nobodys_silence() {
+        let limit = Duration::from_millis(1500);
+        let beat = beat(limit, Duration::from_secs(60));
+        assert!(counted(Duration::from_secs(3600), beat) < limit);
+        // A little late is usual, and counts in full.
+        assert_eq!(counted(beat + beat / 2, beat), beat + beat / 2);
     }
 }

@@ -3,6 +3,8 @@
 //! The wire is little-endian and so is every machine that takuma runs on; buckets travel as they lie in
 //! memory.
 
+use std::ops::Range;
+
 #[cfg(target_endian = "big")]
 compile_error!("the ring sends numbers as they lie in memory, which must be little-endian");
 
@@ -29,6 +31,21 @@ fn add_avx2(sum: &mut [f32], addend: &[f32]) {
 fn add_portable(sum: &mut [f32], addend: &[f32]) {
     for (sum, addend) in sum.iter_mut().zip(addend) {
         *sum += *addend;
+    }
+}
+
+/// Values of a lane that are added at once: they stay in the second-level cache from lane to lane.
+const CHAIN_BLOCK_VALUES: usize = 32 * 1024;
+
+/// Leaves the chain over `lanes` at `span` in the first of them: `((l0 + l1) + l2) + ...`, each addition
+/// rounded to f32. All lanes must reach to the end of `span`.
+pub(super) fn chain(lanes: &mut [Vec<f32>], span: Range<usize>) {
+    let Some((sum, rest)) = lanes.split_first_mut() else { return };
+    for start in span.clone().step_by(CHAIN_BLOCK_VALUES) {
+        let block = start..span.end.min(start + CHAIN_BLOCK_VALUES);
+        for lane in &*rest {
+            add(&mut sum[block.clone()], &lane[block.clone()]);
+        }
     }
 }
 
@@ -110,6 +127,18 @@ mod tests {
         add_portable(&mut portable, &right);
         assert_eq!(bytes_of(&chosen), bytes_of(&portable));
         assert_eq!(chosen[17], left[17] + right[17]);
+    }
+
+    #[test]
+    fn chain_adds_lane_after_lane_within_the_span_alone() {
+        let len = 2 * CHAIN_BLOCK_VALUES + 9;
+        let mut lanes: Vec<Vec<f32>> = [1e8, 1.0, -1e8, 0.25].map(|value| vec![value; len]).into();
+        chain(&mut lanes, 3..len - 1);
+        let expected = ((1e8f32 + 1.0) + -1e8) + 0.25;
+        assert_eq!(lanes[0][..3], [1e8; 3]);
+        assert!(lanes[0][3..len - 1].iter().all(|&value| value == expected));
+        assert_eq!(lanes[0][len - 1], 1e8);
+        assert_eq!(lanes[1][len - 1], 1.0);
     }
 
     #[test]

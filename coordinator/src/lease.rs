@@ -1,0 +1,361 @@
+//! The lease on a store: of all coordinators that are pointed at it, one works.
+//!
+//! `coordinator.json` in the store says who holds it. The holder replaces it by a conditional write every third
+//! of its term; whoever sees it unchanged for a whole term, by its own clock, may take it in the same way. So no
+//! clocks are compared, and of several takers one wins. The holder counts its term from before the write, a
+//! taker from after the read: the holder's is always over first, and then its writes wait ([`Lease::guard`])
+//! until the lease is renewed, or lost, which ends the process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::{BoxStream, StreamExt};
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+};
+use serde::{Deserialize, Serialize};
+use takuma_store::{Created, Store, StoreError, Version};
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// Object that names the holder.
+pub const LEASE_FILE: &str = "coordinator.json";
+/// Renewals in a term.
+const RENEWALS_PER_TERM: u32 = 3;
+
+/// What the lease says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Machine.
+    pub host: String,
+    /// Where it listens.
+    pub address: String,
+    /// Tells two lives of a coordinator apart.
+    pub id: String,
+    /// Rises with every renewal, so that each is another object.
+    pub renewals: u64,
+    /// It ended in peace: the store is free.
+    pub released: bool,
+}
+
+/// Why the lease cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LeaseError {
+    /// Somebody else has it and is alive.
+    #[error(
+        "another coordinator, at {address} on {host}, works on {url}; stop it, give this one another --store, \
+         or start it with --standby to take over when that one ends"
+    )]
+    Held {
+        /// The holder's machine.
+        host: String,
+        /// The holder's address.
+        address: String,
+        /// The store.
+        url: String,
+    },
+    /// The store does not do its part.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The right to work on a store.
+#[derive(Debug)]
+pub struct Lease {
+    store: Store,
+    holder: Holder,
+    version: Version,
+    term: Duration,
+    valid: Validity,
+}
+
+/// Until when the lease is valid, shared with the guard of the store.
+#[derive(Debug, Clone)]
+struct Validity {
+    start: Instant,
+    until_ms: Arc<AtomicU64>,
+}
+
+impl Validity {
+    fn extend(&self, until: Instant) {
+        self.until_ms.store((until - self.start).as_millis() as u64, Ordering::SeqCst);
+    }
+
+    fn is_over(&self) -> bool {
+        self.start.elapsed().as_millis() as u64 >= self.until_ms.load(Ordering::SeqCst)
+    }
+}
+
+impl Lease {
+    /// Takes the lease of `store`: at once where nobody holds it; without `standby` also where the last holder
+    /// listened at this very address of this machine, which the caller has bound, so it must be dead; otherwise
+    /// when it was not renewed for `term`. With `standby` it is waited for as long as it takes.
+    ///
+    /// # Errors
+    /// A living holder, or the store.
+    pub async fn acquire(
+        store: &Store,
+        holder: Holder,
+        term: Duration,
+        standby: bool,
+    ) -> std::result::Result<Self, LeaseError> {
+        let mut seen: Option<(Version, Instant)> = None;
+        let mut told = false;
+        loop {
+            let asked = Instant::now();
+            let Some((content, version)) = store.get_versioned(LEASE_FILE).await? else {
+                if store.create(LEASE_FILE, json(&holder)).await? == Created::New {
+                    return Self::confirmed(store, holder, term, asked).await;
+                }
+                continue;
+            };
+            let present = serde_json::from_slice::<Holder>(&content).ok();
+            let ours = |present: &Holder| {
+                !standby && present.host == holder.host && present.address == holder.address
+            };
+            let free = present.as_ref().is_none_or(|present| present.released || ours(present));
+            let unchanged = seen.as_ref().filter(|(last, _)| *last == version).map(|&(_, since)| since);
+            if free || unchanged.is_some_and(|since| since.elapsed() > term) {
+                if store.replace(LEASE_FILE, json(&holder), &version).await? {
+                    return Self::confirmed(store, holder, term, asked).await;
+                }
+                continue;
+            }
+            // It changed while we looked: its holder lives.
+            if let (Some(present), true, false) = (&present, seen.is_some() && unchanged.is_none(), standby) {
+                let (host, address) = (present.host.clone(), present.address.clone());
+                return Err(LeaseError::Held { host, address, url: store.url().to_owned() });
+            }
+            if let (Some(present), false) = (&present, told) {
+                let (host, address) = (&present.host, &present.address);
+                tracing::info!(
+                    "the store is held by the coordinator at {address} on {host}; watching whether it lives"
+                );
+                told = true;
+            }
+            if unchanged.is_none() {
+                seen = Some((version, Instant::now()));
+            }
+            sleep(term / (2 * RENEWALS_PER_TERM)).await;
+        }
+    }
+
+    /// Reads back what was written: the version to renew.
+    async fn confirmed(
+        store: &Store,
+        holder: Holder,
+        term: Duration,
+        asked: Instant,
+    ) -> std::result::Result<Self, LeaseError> {
+        let valid = Validity { start: asked, until_ms: Arc::default() };
+        valid.extend(asked + term);
+        match store.get_versioned(LEASE_FILE).await? {
+            Some((content, version)) if content == json(&holder) => {
+                Ok(Self { store: store.clone(), holder, version, term, valid })
+            }
+            _ => Err(LeaseError::Held {
+                host: "another machine".to_owned(),
+                address: "another address".to_owned(),
+                url: store.url().to_owned(),
+            }),
+        }
+    }
+
+    /// The store, whose writes wait while the lease is not valid.
+    #[must_use]
+    pub fn guard(&self) -> Store {
+        let valid = self.valid.clone();
+        self.store.with_objects(|inner| Arc::new(Guarded { inner, valid }))
+    }
+
+    /// Renews until the lease is lost; then it returns, and the process must end.
+    pub async fn keep(&mut self) {
+        loop {
+            let asked = Instant::now();
+            let next = Holder { renewals: self.holder.renewals + 1, ..self.holder.clone() };
+            match self.write(next).await {
+                Ok(true) => self.valid.extend(asked + self.term),
+                Ok(false) => return,
+                // The guard holds writes back meanwhile; nobody else can take the lease from this store either.
+                Err(error) => tracing::warn!(%error, "the lease on the store was not renewed; trying again"),
+            }
+            sleep_until(asked + self.term / RENEWALS_PER_TERM).await;
+        }
+    }
+
+    /// Gives the lease back, so that the next coordinator need not wait.
+    pub async fn release(mut self) {
+        let next = Holder { released: true, ..self.holder.clone() };
+        if let Err(error) = self.write(next).await {
+            tracing::warn!(%error, "the lease on the store could not be given back; the next coordinator waits for its end");
+        }
+    }
+
+    /// Whether the lease is still ours after writing `next`.
+    async fn write(&mut self, next: Holder) -> std::result::Result<bool, StoreError> {
+        // An answer may have been lost although the write landed, so what is there decides.
+        let replaced = self.store.replace(LEASE_FILE, json(&next), &self.version).await;
+        let Some((content, version)) = self.store.get_versioned(LEASE_FILE).await? else { return Ok(false) };
+        let present = serde_json::from_slice::<Holder>(&content).ok();
+        if present.is_none_or(|present| present.id != self.holder.id) {
+            return Ok(false);
+        }
+        self.version = version;
+        replaced?;
+        self.holder = next;
+        Ok(true)
+    }
+}
+
+fn json(holder: &Holder) -> Bytes {
+    Bytes::from(serde_json::to_vec(holder).expect("a Holder has only string keys"))
+}
+
+/// A store whose writes wait for a valid lease.
+#[derive(Debug)]
+struct Guarded {
+    inner: Arc<dyn ObjectStore>,
+    valid: Validity,
+}
+
+/// How often a held back write looks again.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+impl Guarded {
+    async fn wait(&self) {
+        while self.valid.is_over() {
+            sleep(LOOK_EVERY).await;
+        }
+    }
+}
+
+impl std::fmt::Display for Guarded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Guarded({})", self.inner)
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Guarded {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        self.wait().await;
+        self.inner.put_opts(location, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        self.wait().await;
+        self.inner.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.inner.get_opts(location, options).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        let valid = self.valid.clone();
+        let guarded = locations.then(move |location| {
+            let valid = valid.clone();
+            async move {
+                while valid.is_over() {
+                    sleep(LOOK_EVERY).await;
+                }
+                location
+            }
+        });
+        self.inner.delete_stream(guarded.boxed())
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.wait().await;
+        self.inner.copy_opts(from, to, options).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TERM: Duration = Duration::from_secs(9);
+
+    fn holder(id: &str) -> Holder {
+        let (host, address) = (format!("host-{id}"), "0.0.0.0:7070".to_owned());
+        Holder { host, address, id: id.to_owned(), renewals: 0, released: false }
+    }
+
+    async fn take(store: &Store, id: &str, standby: bool) -> std::result::Result<Lease, LeaseError> {
+        Lease::acquire(store, holder(id), TERM, standby).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_living_holder_is_told_and_a_released_store_is_taken_at_once() {
+        let store = Store::memory();
+        let mut first = take(&store, "a", false).await.unwrap();
+        tokio::select! {
+            () = first.keep() => panic!("the lease was lost"),
+            refused = take(&store, "b", false) => {
+                let message = refused.unwrap_err().to_string();
+                assert!(message.contains("host-a") && message.contains("--standby"), "{message}");
+            }
+        }
+        first.release().await;
+        let asked = Instant::now();
+        take(&store, "b", false).await.unwrap();
+        assert!(asked.elapsed() < TERM / 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dead_holder_is_outwaited_and_its_writes_wait_by_then() {
+        let store = Store::memory();
+        let mut first = take(&store, "a", false).await.unwrap();
+        let guarded = first.guard();
+        guarded.put("x", "1").await.unwrap();
+        // The first is stopped, as by SIGSTOP: it renews nothing.
+        let second = take(&store, "b", true).await.unwrap();
+        assert!(first.valid.is_over(), "the old term is over before the new one begins");
+        second.guard().put("x", "2").await.unwrap();
+        let late = tokio::time::timeout(TERM * 3, guarded.put("x", "stale"));
+        assert!(late.await.is_err(), "a stale write waits");
+        tokio::time::timeout(TERM, first.keep()).await.expect("the old holder learns that it lost");
+        assert_eq!(store.get("x").await.unwrap(), "2");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_restart_on_the_same_address_waits_for_nothing() {
+        let store = Store::memory();
+        let first = take(&store, "a", false).await.unwrap();
+        drop(first);
+        let asked = Instant::now();
+        let again = Holder { id: "a, again".into(), ..holder("a") };
+        Lease::acquire(&store, again, TERM, false).await.unwrap();
+        assert!(asked.elapsed() < TERM / 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_takers_one_wins() {
+        let store = Store::memory();
+        drop(take(&store, "a", false).await.unwrap());
+        let takers = (0..8).map(|taker| {
+            let store = store.clone();
+            tokio::spawn(async move { take(&store, &format!("taker {taker}"), false).await.is_ok() })
+        });
+        let won: usize =
+            futures::future::join_all(takers).await.into_iter().map(|won| usize::from(won.unwrap())).sum();
+        assert_eq!(won, 1);
+    }
+}

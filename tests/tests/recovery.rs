@@ -1,0 +1,152 @@
+//! Members and coordinators that die, stop, lose their links or leave: the run goes on, every step counts once,
+//! every grid is there. Real processes.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
+
+use std::time::Duration;
+
+use serde_json::Value;
+use takuma_tests::{Cluster, Proxy, wait_for};
+
+fn submit(cluster: &Cluster, name: &str, steps: u64, rest: &[&str]) {
+    let data = cluster.dataset(256);
+    let steps = steps.to_string();
+    let mut arguments = vec!["run", "submit", "dcgan-tiny", "--data", &data, "--steps", &steps];
+    arguments.extend(["--sample-every", "20", "--checkpoint-every", "20", "--name", name, "-y", "-d"]);
+    arguments.extend(rest);
+    let _printed = cluster.ok(&arguments);
+}
+
+/// Every step once and in order, every grid, and the run's last state.
+fn is_whole(cluster: &Cluster, name: &str, steps: u64) -> Value {
+    let _printed = cluster.ok(&["run", "wait", name]);
+    let counted: Vec<u64> = cluster.metrics(name).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(counted, (1..=steps).collect::<Vec<_>>(), "every step once, in order");
+    for step in (0..=steps).step_by(20) {
+        let grid = cluster.path(&format!("store/runs/{name}/samples/step-{step:06}.png"));
+        assert!(grid.is_file(), "the grid of step {step} is missing");
+    }
+    let view = cluster.json(&["run", "show", name, "-o", "json"]);
+    assert_eq!(view["status"], "succeeded");
+    view
+}
+
+fn has_event(cluster: &Cluster, name: &str, kind: &str) -> bool {
+    cluster.events(name).iter().any(|event| event["kind"] == kind)
+}
+
+#[test]
+fn survivors_go_on_and_a_newcomer_joins_them() {
+    let mut cluster = Cluster::start(3);
+    submit(&cluster, "lossy", 120, &[]);
+    cluster.wait_for_step("lossy", 10);
+    cluster.worker("worker-1").kill();
+    cluster.wait_for_step("lossy", 25);
+    assert_eq!(cluster.json(&["run", "show", "lossy", "-o", "json"])["workers"], 2);
+    cluster.add_doomed_worker("worker-4", "kill@+1000.d");
+    wait_for("the newcomer", || {
+        let view = cluster.json(&["run", "show", "lossy", "-o", "json"]);
+        assert_ne!(view["status"], "succeeded", "the run ended before anybody joined");
+        (view["workers"] == 3).then_some(())
+    });
+    let view = is_whole(&cluster, "lossy", 120);
+    assert_eq!(view["workers"], 3);
+    assert!(has_event(&cluster, "lossy", "worker_lost"));
+}
+
+#[test]
+fn a_stopped_worker_is_left_behind_and_comes_back() {
+    let mut cluster = Cluster::start(2);
+    submit(&cluster, "stopped", 100, &[]);
+    cluster.wait_for_step("stopped", 10);
+    cluster.worker("worker-2").signal("STOP");
+    wait_for("the group to go on alone", || {
+        (cluster.json(&["run", "show", "stopped", "-o", "json"])["workers"] == 1).then_some(())
+    });
+    cluster.worker("worker-2").signal("CONT");
+    wait_for("the stopped worker's return", || {
+        let view = cluster.json(&["run", "show", "stopped", "-o", "json"]);
+        assert_ne!(view["status"], "succeeded", "the run ended before it came back");
+        (view["workers"] == 2).then_some(())
+    });
+    is_whole(&cluster, "stopped", 100);
+}
+
+#[test]
+fn a_cut_link_and_a_silent_one_are_survived() {
+    let mut cluster = Cluster::start(1);
+    let proxy = Proxy::start();
+    cluster.add_worker_behind("worker-2", &proxy);
+    wait_for("both workers", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 2).then_some(())
+    });
+    submit(&cluster, "linked", 120, &["--workers", "2"]);
+    cluster.wait_for_step("linked", 10);
+    proxy.cut();
+    proxy.heal();
+    cluster.wait_for_step("linked", 30);
+    proxy.swallow();
+    wait_for("the silence to be noticed", || {
+        let events = cluster.events("linked");
+        (events.iter().filter(|event| event["kind"] == "regrouping").count() >= 2).then_some(())
+    });
+    proxy.heal();
+    is_whole(&cluster, "linked", 120);
+}
+
+#[test]
+fn a_coordinator_that_dies_is_not_missed() {
+    let mut cluster = Cluster::start(2);
+    submit(&cluster, "headless", 160, &[]);
+    cluster.wait_for_step("headless", 10);
+    cluster.restart_coordinator(Duration::from_secs(1));
+    wait_for("the workers' return", || has_event(&cluster, "headless", "reunited").then_some(()));
+    let view = is_whole(&cluster, "headless", 160);
+    assert_eq!(view["generation"], 1, "the group never noticed");
+}
+
+#[test]
+fn a_worker_lost_while_the_coordinator_is_away_is_left_behind() {
+    let mut cluster = Cluster::start(3);
+    submit(&cluster, "both", 100, &[]);
+    cluster.wait_for_step("both", 10);
+    cluster.coordinator().kill();
+    cluster.worker("worker-2").kill();
+    cluster.restart_coordinator(Duration::from_millis(200));
+    let view = is_whole(&cluster, "both", 100);
+    assert_eq!(view["workers"], 2);
+}
+
+#[test]
+fn workers_that_are_told_to_stop_hand_over_and_the_last_one_leaves_a_checkpoint() {
+    let mut cluster = Cluster::start(2);
+    submit(&cluster, "handed", 100, &[]);
+    cluster.wait_for_step("handed", 10);
+    for name in ["worker-1", "worker-2"] {
+        cluster.worker(name).signal("TERM");
+        wait_for("a worker's end", || cluster.worker(name).has_ended().then_some(()));
+    }
+    let view = cluster.json(&["run", "show", "handed", "-o", "json"]);
+    assert_eq!(view["status"], "waiting");
+    let step = view["step"].as_u64().unwrap();
+    let checkpoints = cluster.json(&["checkpoint", "ls", "handed", "-o", "json"]);
+    assert_eq!(checkpoints.as_array().unwrap().last().unwrap()["step"], step, "nothing is lost");
+    assert!(!has_event(&cluster, "handed", "link_lost"), "no exchange broke");
+    cluster.add_doomed_worker("worker-3", "kill@+1000.d");
+    is_whole(&cluster, "handed", 100);
+}
+
+#[test]
+fn a_loss_that_is_no_number_ends_the_run_before_it_is_applied() {
+    let mut cluster = Cluster::start(1);
+    cluster.add_doomed_worker("worker-2", "nan@+4.d");
+    wait_for("both workers", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 2).then_some(())
+    });
+    submit(&cluster, "poisoned", 60, &["--workers", "2"]);
+    let waited = cluster.takuma(&["run", "wait", "poisoned"]);
+    assert_eq!(waited.status.code(), Some(1));
+    let view = cluster.json(&["run", "show", "poisoned", "-o", "json"]);
+    let error = view["error"].as_str().unwrap();
+    assert!(error.contains("step 5") && error.contains("not finite"), "{error}");
+    assert_eq!(view["step"], 4, "the steps before it count");
+}

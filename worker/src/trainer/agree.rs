@@ -1,0 +1,169 @@
+//! A new group agrees on one state: the furthest one, which whoever lacks it receives from a peer.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use takuma_core::ids::Rank;
+use takuma_proto::v1::StepReport;
+
+use crate::checkpoint::{CheckpointError, Snapshot, restore_into};
+use crate::collective::{Collective, CollectiveError};
+use crate::recipe::{Dcgan, PhaseSums};
+
+/// How far a member is, and what it knows of the step that is under way.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Progressed {
+    /// Finished steps.
+    pub step: u64,
+    /// Global sums of the phases of the next step that are applied already.
+    pub sums: Vec<PhaseSums>,
+}
+
+impl Progressed {
+    /// Phases of the next step that are applied already.
+    #[must_use]
+    pub fn phase(&self) -> usize {
+        self.sums.len()
+    }
+}
+
+/// What the agreement came to.
+#[derive(Debug, Clone, Copy)]
+pub struct Agreement {
+    /// The member whose state all have now.
+    pub source: Rank,
+    /// Members that received it.
+    pub restored: u32,
+}
+
+/// Why members cannot have one state.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgreeError {
+    /// The group broke again.
+    #[error(transparent)]
+    Exchange(#[from] CollectiveError),
+    /// A peer's state does not fit this member's networks.
+    #[error("the state of a peer cannot be taken over: {0}")]
+    Checkpoint(#[from] CheckpointError),
+    /// The state cannot be written or read at all.
+    #[error("the state of a peer cannot be taken over: {0}")]
+    State(String),
+    /// Nobody has any state.
+    #[error("no member of the group has any state")]
+    Nobody,
+}
+
+/// What goes before the three parts of the state. Numbers travel as bits: JSON would round them.
+#[derive(Serialize, Deserialize)]
+struct Head {
+    step: u64,
+    /// By applied phase: loss, logits on the right side.
+    sums: Vec<[u64; 2]>,
+    /// Steps whose metrics are not stored yet, for the next rank 0: step, epoch, numbers, fed.
+    reports: Vec<(u64, u64, [u64; 7], u64)>,
+    /// Bytes of each part.
+    parts: [u64; 3],
+}
+
+/// Bytes of a member's place: has state, step, phase.
+const PLACE_BYTES: usize = 17;
+
+/// Finds the furthest member and gives its state to those who lack it.
+///
+/// `own` is `None` where the member has no state yet. `unkept` are this member's metrics that are not stored;
+/// a receiver's are replaced by the source's through `take_reports`.
+///
+/// # Errors
+/// The group broke, nobody has state, or a state does not fit.
+pub fn agree(
+    collective: &Arc<dyn Collective>,
+    net: &mut Dcgan,
+    own: &mut Option<Progressed>,
+    unkept: impl FnOnce() -> Vec<StepReport>,
+    take_reports: impl FnOnce(Vec<StepReport>),
+) -> Result<Agreement, AgreeError> {
+    let mut place = [0u8; PLACE_BYTES];
+    if let Some(own) = own {
+        place[0] = 1;
+        place[1..9].copy_from_slice(&own.step.to_le_bytes());
+        place[9..].copy_from_slice(&(own.phase() as u64).to_le_bytes());
+    }
+    let places: Vec<(bool, u64, u64)> =
+        collective.all_gather(&place)?.iter().map(|place| read(place)).collect();
+    let furthest = *places.iter().max().ok_or(AgreeError::Nobody)?;
+    if !furthest.0 {
+        return Err(AgreeError::Nobody);
+    }
+    let source = places.iter().position(|&place| place == furthest).unwrap_or(0) as u32;
+    let restored = places.iter().filter(|&&place| place != furthest).count() as u32;
+    let received = places.get(collective.rank().0 as usize) != Some(&furthest);
+    let agreement = Agreement { source: Rank(source), restored };
+    if restored == 0 {
+        return Ok(agreement);
+    }
+    let is_source = collective.rank().0 == source;
+    let mut bytes = match own {
+        Some(own) if is_source => pack(net, own, unkept())?,
+        _ => Vec::new(),
+    };
+    collective.broadcast(Rank(source), &mut bytes)?;
+    if received {
+        let (progressed, reports) = unpack(net, &bytes)?;
+        *own = Some(progressed);
+        take_reports(reports);
+    }
+    Ok(agreement)
+}
+
+fn read(place: &[u8]) -> (bool, u64, u64) {
+    let number = |at: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(place.get(at..at + 8).unwrap_or(&[0; 8]));
+        u64::from_le_bytes(bytes)
+    };
+    (place.first() == Some(&1), number(1), number(9))
+}
+
+fn pack(net: &Dcgan, own: &Progressed, reports: Vec<StepReport>) -> Result<Vec<u8>, AgreeError> {
+    let failed = |error: &dyn std::fmt::Display| AgreeError::State(error.to_string());
+    let parts = Snapshot::take(net, own.step).serialize().map_err(|error| failed(&error))?;
+    let line = |report: StepReport| {
+        let StepReport { d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s, .. } = report;
+        let numbers = [d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s].map(f64::to_bits);
+        (report.step, report.epoch, numbers, report.fed)
+    };
+    let head = Head {
+        step: own.step,
+        sums: own.sums.iter().map(|sums| [sums.loss.to_bits(), sums.right.to_bits()]).collect(),
+        reports: reports.into_iter().map(line).collect(),
+        parts: [0, 1, 2].map(|part: usize| parts[part].len() as u64),
+    };
+    let head = serde_json::to_vec(&head).map_err(|error| failed(&error))?;
+    let mut bytes = (head.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(&head);
+    parts.iter().for_each(|part| bytes.extend_from_slice(part));
+    Ok(bytes)
+}
+
+fn unpack(net: &mut Dcgan, bytes: &[u8]) -> Result<(Progressed, Vec<StepReport>), AgreeError> {
+    let torn = || AgreeError::State("it is cut short".to_owned());
+    let (length, rest) = bytes.split_first_chunk::<8>().ok_or_else(torn)?;
+    let (head, mut rest) = rest.split_at_checked(u64::from_le_bytes(*length) as usize).ok_or_else(torn)?;
+    let head: Head = serde_json::from_slice(head).map_err(|error| AgreeError::State(error.to_string()))?;
+    let mut parts: [&[u8]; 3] = [&[]; 3];
+    for (part, &length) in parts.iter_mut().zip(&head.parts) {
+        (*part, rest) = rest.split_at_checked(length as usize).ok_or_else(torn)?;
+    }
+    restore_into(net, &parts)?;
+    let report = |(step, epoch, numbers, fed): (u64, u64, [u64; 7], u64)| {
+        let [d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s] = numbers.map(f64::from_bits);
+        let numbers =
+            StepReport { d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s, ..Default::default() };
+        StepReport { step, epoch, fed, ..numbers }
+    };
+    let sums =
+        |&[loss, right]: &[u64; 2]| PhaseSums { loss: f64::from_bits(loss), right: f64::from_bits(right) };
+    let progressed = Progressed { step: head.step, sums: head.sums.iter().map(sums).collect() };
+    Ok((progressed, head.reports.into_iter().map(report).collect()))
+}

@@ -1,0 +1,312 @@
+//! [`Spool`]: what the coordinator must get, kept until it has it.
+//!
+//! The trainer puts results in and never waits for the network; the session takes out what it has not sent
+//! yet. A new session, or a new rank 0, sends again what was not confirmed as stored. Every rank keeps the
+//! metrics, since all know them and any may be rank 0 next.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use takuma_proto::v1::worker_message::Message;
+use takuma_proto::v1::{CheckpointUploaded, Kept, SampleTile, StepReport, sample_tile};
+use tokio::sync::Notify;
+
+use crate::checkpoint::Finished;
+
+/// Metrics that wait for the store: hours of a coordinator's absence at a step a second.
+const MAX_REPORTS: usize = 100_000;
+/// Grids whose part waits; each part is less than a megabyte.
+const MAX_TILES: usize = 64;
+/// Checkpoints that were uploaded and not confirmed.
+const MAX_UPLOADS: usize = 8;
+/// Messages of one kind in one go, so that heartbeats are not kept waiting behind a long backlog.
+const BATCH: usize = 64;
+
+/// Whose results these are: stamped on every message when it is sent.
+#[derive(Debug, Clone, Default)]
+pub struct Stamp {
+    /// The run.
+    pub run: String,
+    /// The present group.
+    pub generation: u64,
+    /// This worker's place in it.
+    pub rank: u32,
+}
+
+/// Results on their way to the coordinator. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Spool {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inner: Mutex<Inner>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    stamp: Stamp,
+    /// By step.
+    reports: BTreeMap<u64, StepReport>,
+    /// By step and kind.
+    tiles: BTreeMap<(u64, i32), SampleTile>,
+    /// By step.
+    uploads: BTreeMap<u64, CheckpointUploaded>,
+    /// What the group came to: formed, ended, failed. In order, sent once a session.
+    news: Vec<Message>,
+    kept: Kept,
+    committed: u64,
+    sent: Sent,
+}
+
+/// What the present session has sent.
+#[derive(Debug, Default)]
+struct Sent {
+    reports: u64,
+    tiles: BTreeSet<(u64, i32)>,
+    uploads: BTreeSet<u64>,
+    news: usize,
+}
+
+impl Spool {
+    /// An empty spool for a run.
+    #[must_use]
+    pub fn new(stamp: Stamp) -> Self {
+        let inner = Inner { stamp, ..Inner::default() };
+        Self { shared: Arc::new(Shared { inner: Mutex::new(inner), changed: Notify::new() }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.shared.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes under the lock, then wakes the session.
+    fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
+        let result = change(&mut self.lock());
+        self.shared.changed.notify_one();
+        result
+    }
+
+    /// Waits until something was put in.
+    pub async fn changed(&self) {
+        self.shared.changed.notified().await;
+    }
+
+    /// Wakes the session, for what did not fit into one go.
+    pub fn wake(&self) {
+        self.shared.changed.notify_one();
+    }
+
+    /// The worker is in another group now: what the former one came to is no news any more, and a new
+    /// rank 0 sends the metrics that are not stored yet.
+    pub fn enter(&self, generation: u64, rank: u32) {
+        self.change(|inner| {
+            inner.stamp.generation = generation;
+            inner.stamp.rank = rank;
+            inner.news.clear();
+            inner.sent = Sent::default();
+        });
+    }
+
+    /// A new session: nothing was sent in it yet.
+    pub fn rewind(&self) {
+        self.change(|inner| inner.sent = Sent::default());
+    }
+
+    /// Adds a finished step.
+    pub fn report(&self, report: StepReport) {
+        self.change(|inner| {
+            inner.reports.insert(report.step, report);
+            if inner.reports.len() > MAX_REPORTS {
+                let lost = inner.reports.pop_first();
+                tracing::error!(
+                    step = lost.map_or(0, |(step, _)| step),
+                    "the metrics of a step are lost: too many wait"
+                );
+            }
+        });
+    }
+
+    /// Adds a part of a grid.
+    pub fn tile(&self, tile: SampleTile) {
+        self.change(|inner| {
+            let key = (tile.step, tile.kind);
+            inner.sent.tiles.remove(&key);
+            inner.tiles.insert(key, tile);
+            if inner.tiles.len() > MAX_TILES {
+                let lost = inner.tiles.pop_first();
+                tracing::error!(
+                    step = lost.map_or(0, |((step, _), _)| step),
+                    "a part of a grid is lost: too many wait"
+                );
+            }
+        });
+    }
+
+    /// Adds a checkpoint that lies in the store.
+    pub fn upload(&self, finished: Finished) {
+        self.change(|inner| {
+            let upload = CheckpointUploaded {
+                run: String::new(),
+                generation: 0,
+                step: finished.step,
+                parts: finished.parts,
+                weights_sha256: finished.weights_sha256,
+            };
+            inner.uploads.insert(finished.step, upload);
+            if inner.uploads.len() > MAX_UPLOADS {
+                inner.uploads.pop_first();
+            }
+        });
+    }
+
+    /// Adds what the group came to.
+    pub fn news(&self, message: Message) {
+        self.change(|inner| inner.news.push(message));
+    }
+
+    /// The store has these. What else was sent may have come before the coordinator could take it.
+    pub fn kept(&self, kept: Kept) {
+        if kept.resend {
+            self.rewind();
+        }
+        let mut inner = self.lock();
+        inner.reports = inner.reports.split_off(&(kept.step + 1));
+        let generated = i32::from(sample_tile::Kind::Generated);
+        inner.tiles.retain(|&(step, kind), _| match kind == generated {
+            true => !kept.grids.contains(&step),
+            false => !kept.reals,
+        });
+        inner.kept = kept;
+    }
+
+    /// The manifest of this step's checkpoint is written.
+    pub fn committed(&self, step: u64) {
+        let mut inner = self.lock();
+        inner.uploads.remove(&step);
+        inner.committed = inner.committed.max(step);
+    }
+
+    /// The newest checkpoint that is known to be committed.
+    #[must_use]
+    pub fn committed_step(&self) -> u64 {
+        self.lock().committed
+    }
+
+    /// Which results the store is known to have.
+    #[must_use]
+    pub fn known_kept(&self) -> Kept {
+        self.lock().kept.clone()
+    }
+
+    /// Metrics that are not known to be stored, for a peer that takes over the state.
+    #[must_use]
+    pub fn unkept_reports(&self) -> Vec<StepReport> {
+        self.lock().reports.values().cloned().collect()
+    }
+
+    /// Whether [`Spool::take_unsent`] would return anything.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        let inner = self.lock();
+        let reports = inner.stamp.rank == 0 && inner.reports.range(inner.sent.reports + 1..).next().is_some();
+        reports
+            || inner.sent.news < inner.news.len()
+            || inner.tiles.keys().any(|key| !inner.sent.tiles.contains(key))
+            || inner.uploads.keys().any(|step| !inner.sent.uploads.contains(step))
+    }
+
+    /// The next messages to send, in order; empty when all was sent.
+    #[must_use]
+    pub fn take_unsent(&self) -> Vec<Message> {
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let Stamp { run, generation, rank } = inner.stamp.clone();
+        let mut messages: Vec<Message> = inner.news[inner.sent.news..].to_vec();
+        inner.sent.news = inner.news.len();
+        if rank == 0 {
+            for (&step, report) in inner.reports.range(inner.sent.reports + 1..).take(BATCH) {
+                inner.sent.reports = step;
+                messages.push(Message::StepReport(StepReport {
+                    run: run.clone(),
+                    generation,
+                    ..report.clone()
+                }));
+            }
+        }
+        let unsent = inner.tiles.iter().filter(|(key, _)| !inner.sent.tiles.contains(*key));
+        for (&key, tile) in unsent.take(BATCH).collect::<Vec<_>>() {
+            inner.sent.tiles.insert(key);
+            messages.push(Message::SampleTile(SampleTile { run: run.clone(), generation, ..tile.clone() }));
+        }
+        let unsent = inner.uploads.iter().filter(|(step, _)| !inner.sent.uploads.contains(*step));
+        for (&step, upload) in unsent.take(BATCH).collect::<Vec<_>>() {
+            inner.sent.uploads.insert(step);
+            messages.push(Message::CheckpointUploaded(CheckpointUploaded {
+                run: run.clone(),
+                generation,
+                ..upload.clone()
+            }));
+        }
+        messages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spool(rank: u32) -> Spool {
+        Spool::new(Stamp { run: "r".into(), generation: 1, rank })
+    }
+
+    fn report(step: u64) -> StepReport {
+        StepReport { step, ..StepReport::default() }
+    }
+
+    fn steps(messages: &[Message]) -> Vec<(u64, u64)> {
+        let step = |message: &Message| match message {
+            Message::StepReport(report) => Some((report.step, report.generation)),
+            _ => None,
+        };
+        messages.iter().filter_map(step).collect()
+    }
+
+    #[test]
+    fn a_new_session_and_a_new_rank_0_send_what_is_not_stored() {
+        let spool = spool(1);
+        (1..=3).for_each(|step| spool.report(report(step)));
+        assert!(spool.take_unsent().is_empty(), "only rank 0 sends metrics");
+        spool.enter(2, 0);
+        assert_eq!(steps(&spool.take_unsent()), [(1, 2), (2, 2), (3, 2)]);
+        assert!(spool.take_unsent().is_empty());
+        spool.kept(Kept { step: 2, ..Kept::default() });
+        spool.rewind();
+        assert_eq!(steps(&spool.take_unsent()), [(3, 2)]);
+    }
+
+    #[test]
+    fn tiles_and_uploads_stay_until_they_are_confirmed() {
+        let spool = spool(0);
+        let kind = i32::from(sample_tile::Kind::Generated);
+        spool.tile(SampleTile { step: 50, kind, ..SampleTile::default() });
+        spool.upload(Finished { step: 50, parts: Vec::new(), weights_sha256: String::new() });
+        assert_eq!(spool.take_unsent().len(), 2);
+        spool.rewind();
+        assert_eq!(spool.take_unsent().len(), 2);
+        spool.kept(Kept { grids: vec![50], ..Kept::default() });
+        spool.committed(50);
+        spool.rewind();
+        assert!(spool.take_unsent().is_empty());
+        assert_eq!(spool.committed_step(), 50);
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let spool = spool(0);
+        (1..=MAX_REPORTS as u64 + 5).for_each(|step| spool.report(report(step)));
+        assert_eq!(spool.unkept_reports().len(), MAX_REPORTS);
+    }
+}

@@ -1,0 +1,500 @@
+//! [`Trainer`]: one worker's part of a run, on a thread of its own, through however many groups.
+//!
+//! The thread parks until it is told of a group, forms it with its peers, trains until the run ends, the group
+//! changes or a link breaks, and parks again with its state. What it finds out goes into the [`Spool`]; what it
+//! is told comes through [`Command`]s.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use takuma_core::config::RunConfig;
+use takuma_core::ids::Rank;
+use takuma_core::slots::SlotRange;
+use takuma_data::DataError;
+use takuma_proto::v1::{StepReport, run_ended};
+use tch::Kind;
+
+use super::agree::{AgreeError, Agreement, Progressed, agree};
+use super::exchange::Exchange;
+use super::fault::Fault;
+use super::feed::Feed;
+use super::progress::Progress;
+use super::samples::Samples;
+use super::spool::Spool;
+use super::stopper::Stopper;
+use crate::checkpoint::{CheckpointError, Loaded, Snapshot, Uploader, restore_into};
+use crate::collective::{CollectiveError, Loopback, Ring, RingConfig, RingListener};
+use crate::recipe::{Dcgan, DcganState, Phase, PhaseError};
+use crate::torch::TorchError;
+
+/// Silence of a neighbour's data is borne for so many times the usual step, within these limits: a
+/// neighbour that is behind computes, one that is stuck does not come back.
+const STEPS_OF_SILENCE: f64 = 20.0;
+const SHORTEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Steps after which the usual step is known.
+const STEPS_TO_KNOW: u64 = 5;
+
+/// A group to form.
+#[derive(Debug, Clone)]
+pub struct Seat {
+    /// Peers, rank, generation and limits.
+    pub ring: RingConfig,
+    /// The own share of the slots.
+    pub slots: SlotRange,
+}
+
+impl Seat {
+    fn generation(&self) -> u64 {
+        self.ring.generation.0
+    }
+}
+
+/// What the trainer is told.
+#[derive(Debug)]
+pub enum Command {
+    /// Form this group now; the former one is over.
+    Form(Seat),
+    /// Change over to this group between two steps, when all members of both know of it.
+    Next(Seat),
+    /// Leave between two steps, when the members of this generation change over.
+    Leave(u64),
+}
+
+/// What the trainer found out about its group.
+#[derive(Debug)]
+pub enum Note {
+    /// The group stands.
+    Formed {
+        /// Its generation.
+        generation: u64,
+        /// From where it goes on: finished steps, phases of the next one.
+        position: (u64, u32),
+        /// Seconds since the former group broke.
+        stalled_s: f64,
+        /// Members that received the state from a peer.
+        restored: u32,
+    },
+    /// The group broke; the state is kept for the next one.
+    Broken {
+        /// Its generation.
+        generation: u64,
+        /// Why.
+        error: CollectiveError,
+    },
+    /// All is done, or stopped on request; the state is kept until the run is released.
+    Ended {
+        /// The group's generation.
+        generation: u64,
+        /// Completed or stopped.
+        outcome: run_ended::Outcome,
+        /// Finished steps.
+        step: u64,
+        /// Digest of the final weights; on rank 0 only.
+        weights_sha256: String,
+    },
+    /// This worker cannot go on.
+    Failed {
+        /// The group's generation.
+        generation: u64,
+        /// Why.
+        error: JobError,
+    },
+}
+
+/// Why a trainer ends.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JobError {
+    /// The exchange broke; a peer is suspect, not this worker.
+    #[error(transparent)]
+    Exchange(#[from] CollectiveError),
+    /// libtorch failed here.
+    #[error(transparent)]
+    Torch(#[from] TorchError),
+    /// A number that is none, equal on all ranks: nobody can go on.
+    #[error("step {step}, phase {phase}: {what} is not finite; nothing of it was applied")]
+    NotFinite {
+        /// The step that was under way: 1 for the first.
+        step: u64,
+        /// "d", "g1" or "g2".
+        phase: &'static str,
+        /// The loss, or the first parameter with such a gradient.
+        what: String,
+    },
+    /// Images cannot be had.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The state to continue from does not fit.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The group cannot have one state.
+    #[error("{0}")]
+    State(String),
+    /// The last checkpoint could not be written.
+    #[error("{0}")]
+    Upload(String),
+    /// A bug.
+    #[error("the trainer's thread panicked: {0}")]
+    Panicked(String),
+}
+
+/// What a trainer is made of.
+pub struct Parts {
+    /// The run.
+    pub config: RunConfig,
+    /// Finished steps when the run is done.
+    pub target_steps: u64,
+    /// Images and noise.
+    pub feed: Feed,
+    /// State to begin with; none = drawn from the seed, or a peer's.
+    pub checkpoint: Option<Loaded>,
+    /// The state comes from a peer.
+    pub joins: bool,
+    /// Shared with heartbeats and the control side.
+    pub progress: Arc<Progress>,
+    /// Takes checkpoints (used on rank 0).
+    pub uploader: Uploader,
+    /// Takes everything else.
+    pub spool: Spool,
+    /// Takes what became of the group.
+    pub notes: tokio::sync::mpsc::UnboundedSender<Note>,
+    /// Ends a group from outside.
+    pub stopper: Stopper,
+    /// Where peers come in.
+    pub listener: Arc<RingListener>,
+}
+
+/// See the module.
+pub struct Trainer {
+    parts: Parts,
+    net: Dcgan,
+    exchange: Arc<Exchange>,
+    /// `None` until there is state.
+    progressed: Option<Progressed>,
+    samples: Samples,
+    /// Told, and not taken up yet: a group to form now, one to change over to, one to leave before.
+    now: Option<Seat>,
+    next: Option<Seat>,
+    leaves: Option<u64>,
+    /// When the former group broke.
+    broken_since: Option<Instant>,
+    /// After a loss the newest checkpoint may have been lost with its writer.
+    checkpoint_overdue: bool,
+    step_s: f64,
+    steps_here: u64,
+    /// Ordered by a test.
+    fault: Option<Fault>,
+}
+
+/// How training in one group ended, if it did not fail.
+enum End {
+    Done(run_ended::Outcome),
+    Changed(Seat),
+    Left,
+}
+
+impl Trainer {
+    /// Builds the networks and brings them to their state.
+    ///
+    /// # Errors
+    /// libtorch's, or a checkpoint that does not fit.
+    pub fn new(mut parts: Parts) -> Result<Self, JobError> {
+        let exchange = Exchange::new();
+        let state = DcganState::new(parts.config.recipe, parts.config.seed, Kind::Float);
+        let mut net = Dcgan::new(&parts.config, state, &exchange);
+        let mut progressed = (!parts.joins).then(Progressed::default);
+        if let Some(loaded) = parts.checkpoint.take() {
+            restore_into(&mut net, &loaded.parts)?;
+            progressed = Some(Progressed { step: loaded.manifest.step, sums: Vec::new() });
+        }
+        let samples = Samples::new(&parts.config, parts.spool.clone());
+        Ok(Self {
+            parts,
+            net,
+            exchange,
+            progressed,
+            samples,
+            now: None,
+            next: None,
+            leaves: None,
+            broken_since: None,
+            checkpoint_overdue: false,
+            step_s: 0.0,
+            steps_here: 0,
+            fault: Fault::from_environment(),
+        })
+    }
+
+    /// Trains in one group after the other until the sender of commands is gone or this worker cannot go on.
+    pub fn run(mut self, commands: &Receiver<Command>) {
+        let mut seat = None;
+        loop {
+            let Some(current) = seat.take().or_else(|| self.park(commands)) else { return };
+            let generation = current.generation();
+            match self.take_part(current, commands) {
+                Ok(End::Changed(next)) => seat = Some(next),
+                Ok(End::Left) => self.leave_group(),
+                Ok(End::Done(outcome)) => match self.finish(outcome, generation) {
+                    Ok(()) => {}
+                    Err(error) => return self.note(Note::Failed { generation, error }),
+                },
+                Err(JobError::Exchange(error)) => {
+                    self.broken_since.get_or_insert_with(Instant::now);
+                    self.checkpoint_overdue = true;
+                    self.net.regroup();
+                    self.parts.progress.enter("parked");
+                    self.note(Note::Broken { generation, error });
+                }
+                Err(error) => {
+                    // Peers that wait for this worker are let go at once.
+                    self.leave_group();
+                    return self.note(Note::Failed { generation, error });
+                }
+            }
+        }
+    }
+
+    fn note(&self, note: Note) {
+        // Nobody to tell: the process is ending.
+        drop(self.parts.notes.send(note));
+    }
+
+    fn leave_group(&mut self) {
+        self.net.regroup();
+        let generation = self.exchange.collective().generation();
+        self.exchange.enter(Box::new(Loopback::new(generation)));
+    }
+
+    /// Waits for a group; `None` when there will be none.
+    fn park(&mut self, commands: &Receiver<Command>) -> Option<Seat> {
+        while self.now.is_none() {
+            self.take_up(commands.recv().ok()?);
+        }
+        self.now.take()
+    }
+
+    /// Takes in what was told meanwhile.
+    fn listen(&mut self, commands: &Receiver<Command>) {
+        while let Ok(command) = commands.try_recv() {
+            self.take_up(command);
+        }
+    }
+
+    /// A group that is to be formed now makes earlier plans void.
+    fn take_up(&mut self, command: Command) {
+        match command {
+            Command::Form(seat) => {
+                (self.next, self.leaves) = (None, None);
+                self.now = Some(seat);
+            }
+            Command::Next(seat) => self.next = Some(seat),
+            Command::Leave(generation) => self.leaves = Some(generation),
+        }
+    }
+
+    /// Forms a group and trains in it.
+    fn take_part(&mut self, seat: Seat, commands: &Receiver<Command>) -> Result<End, JobError> {
+        self.parts.progress.enter("forming");
+        let generation = seat.generation();
+        self.net.regroup();
+        self.parts.feed.set_slots(seat.slots);
+        let ring = Ring::connect(&self.parts.listener, seat.ring)?;
+        self.exchange.enter(Box::new(ring));
+        let collective = self.exchange.collective();
+        self.parts.stopper.guard(generation, collective.abort_handle());
+        let spool = &self.parts.spool;
+        let agreement = agree(
+            &collective,
+            &mut self.net,
+            &mut self.progressed,
+            || spool.unkept_reports(),
+            |reports| reports.into_iter().for_each(|report| spool.report(report)),
+        )
+        .map_err(|error| match error {
+            AgreeError::Exchange(error) => JobError::Exchange(error),
+            other => JobError::State(other.to_string()),
+        })?;
+        self.formed(generation, collective.rank(), agreement)?;
+        self.train(commands)
+    }
+
+    fn formed(&mut self, generation: u64, rank: Rank, agreement: Agreement) -> Result<(), JobError> {
+        let stalled_s = self.broken_since.take().map_or(0.0, |since| since.elapsed().as_secs_f64());
+        self.steps_here = 0;
+        let (step, phase) = self.position();
+        self.parts.progress.begin(step);
+        if rank == Rank(0) {
+            let position = (step, phase as u32);
+            self.note(Note::Formed { generation, position, stalled_s, restored: agreement.restored });
+        }
+        if rank == agreement.source {
+            self.samples.render_missing();
+        }
+        if step == 0 && phase == 0 {
+            self.samples.reals(&mut self.parts.feed)?;
+            self.samples.render(&self.net, &self.exchange, 0);
+        }
+        Ok(())
+    }
+
+    fn position(&self) -> (u64, usize) {
+        self.progressed.as_ref().map_or((0, 0), |progressed| (progressed.step, progressed.phase()))
+    }
+
+    fn train(&mut self, commands: &Receiver<Command>) -> Result<End, JobError> {
+        loop {
+            let (step, _) = self.position();
+            if step >= self.parts.target_steps {
+                return Ok(End::Done(run_ended::Outcome::Completed));
+            }
+            self.listen(commands);
+            if self.now.is_some() {
+                let reason = "a newer group takes its place".to_owned();
+                let operation = "the exchange".to_owned();
+                return Err(CollectiveError::Aborted { operation, reason }.into());
+            }
+            let [stops, changes] = self.step(step)?;
+            if step + 1 >= self.parts.target_steps {
+                continue;
+            }
+            if stops > 0.0 {
+                return Ok(End::Done(run_ended::Outcome::Stopped));
+            }
+            if let Some(end) = self.change(changes) {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// The generation that this worker is ready to change over to; 0 = none.
+    fn ready_for(&self) -> u64 {
+        self.next.as_ref().map(Seat::generation).or(self.leaves).unwrap_or(0)
+    }
+
+    /// Changes over when all members are ready for the same generation.
+    fn change(&mut self, changes: f64) -> Option<End> {
+        let ready = self.ready_for();
+        let world = f64::from(self.exchange.collective().world());
+        // Generations stay far below 2^53, so their sum is exact.
+        if ready == 0 || changes != ready as f64 * world {
+            return None;
+        }
+        self.leaves = None;
+        Some(self.next.take().map_or(End::Left, End::Changed))
+    }
+
+    /// One step: batch, the phases that are left, numbers. Returns the votes of the last phase.
+    fn step(&mut self, step: u64) -> Result<[f64; 2], JobError> {
+        let begin = Instant::now();
+        let mut batch = self.parts.feed.batch(step)?;
+        let data_s = begin.elapsed().as_secs_f64();
+        let fed = batch.fed as f64;
+        let mut decided = [0.0; 2];
+        let mut fed_total = 0.0;
+        while let Some(phase) = Phase::from_index(self.position().1 as u32) {
+            self.parts.progress.enter(phase.name());
+            if self.fault.as_mut().is_some_and(|fault| fault.strike(step, phase)) {
+                batch.reals_nchw = batch.reals_nchw.full_like(f64::INFINITY);
+            }
+            let stop = f64::from(u8::from(self.parts.progress.stop_requested()));
+            let mut votes = [stop, self.ready_for() as f64, fed];
+            let sums = self.net.phase(&batch, phase, &mut votes).map_err(|error| not_finite(error, step))?;
+            if let Some(progressed) = &mut self.progressed {
+                progressed.sums.push(sums);
+            }
+            decided = [votes[0], votes[1]];
+            fed_total = votes[2];
+        }
+        self.finish_step(step, begin.elapsed().as_secs_f64(), data_s, fed_total as u64);
+        Ok(decided)
+    }
+
+    fn finish_step(&mut self, step: u64, step_s: f64, data_s: f64, fed: u64) {
+        let sums = self.progressed.as_mut().map(|progressed| {
+            progressed.step = step + 1;
+            std::mem::take(&mut progressed.sums)
+        });
+        let Some([d, g1, g2]) = sums.as_deref() else { return };
+        let exchange_s = self.exchange.take_waited().as_secs_f64().min(step_s);
+        let compute_s = (step_s - data_s - exchange_s).max(0.0);
+        self.parts.progress.finish_step(step + 1, [compute_s, data_s, exchange_s]);
+        self.adapt_timeout(step_s);
+        self.parts.spool.report(StepReport {
+            step: step + 1,
+            epoch: self.parts.feed.epoch_of(step),
+            d_loss: d.loss,
+            g_loss: (g1.loss + g2.loss) / 2.0,
+            d_acc: d.right / (2.0 * f64::from(self.parts.config.global_batch)),
+            step_s,
+            compute_s,
+            data_s,
+            exchange_s,
+            fed,
+            ..StepReport::default()
+        });
+        let finished = step + 1;
+        let last = finished == self.parts.target_steps;
+        // The last step has a grid too: a run ends with a picture of what it became.
+        if finished.is_multiple_of(self.parts.config.sample_every) || last {
+            self.parts.progress.enter("sampling");
+            self.samples.render(&self.net, &self.exchange, finished);
+        }
+        if !last {
+            self.offer_checkpoint(finished);
+        }
+    }
+
+    fn adapt_timeout(&mut self, step_s: f64) {
+        self.steps_here += 1;
+        self.step_s = if self.step_s == 0.0 { step_s } else { 0.8 * self.step_s + 0.2 * step_s };
+        if self.steps_here < STEPS_TO_KNOW {
+            return;
+        }
+        let longest = Duration::from_millis(self.parts.config.exchange_timeout_ms);
+        let usual = Duration::from_secs_f64(self.step_s * STEPS_OF_SILENCE);
+        self.exchange.collective().set_timeout(usual.clamp(SHORTEST_TIMEOUT.min(longest), longest));
+    }
+
+    /// A periodic checkpoint: training does not wait for it.
+    fn offer_checkpoint(&mut self, step: u64) {
+        if self.exchange.collective().rank() != Rank(0) {
+            return;
+        }
+        let every = self.parts.config.checkpoint_every;
+        let missed = self.checkpoint_overdue && self.parts.spool.committed_step() < step / every * every;
+        if !step.is_multiple_of(every) && !missed {
+            return;
+        }
+        self.checkpoint_overdue = false;
+        self.parts.progress.enter("checkpoint");
+        if !self.parts.uploader.offer(Snapshot::take(&self.net, step)) {
+            tracing::warn!("no checkpoint at step {step}: the store is still busy with earlier ones");
+        }
+    }
+
+    /// The end of the run or a stop: its checkpoint, which is waited for.
+    fn finish(&mut self, outcome: run_ended::Outcome, generation: u64) -> Result<(), JobError> {
+        let (step, _) = self.position();
+        let mut weights_sha256 = String::new();
+        if self.exchange.collective().rank() == Rank(0) {
+            self.parts.progress.enter("checkpoint");
+            let snapshot = Snapshot::take(&self.net, step);
+            weights_sha256 =
+                self.parts.uploader.write_through(snapshot).map_err(JobError::Upload)?.weights_sha256;
+        }
+        self.parts.progress.enter("ended");
+        self.note(Note::Ended { generation, outcome, step, weights_sha256 });
+        Ok(())
+    }
+}
+
+fn not_finite(error: PhaseError, step: u64) -> JobError {
+    match error {
+        PhaseError::Exchange(error) => JobError::Exchange(error),
+        PhaseError::Torch(error) => JobError::Torch(error),
+        PhaseError::NotFinite { phase, what } => {
+            JobError::NotFinite { step: step + 1, phase: phase.name(), what }
+        }
+    }
+}
