@@ -63,6 +63,8 @@ struct Member {
 #[derive(Debug)]
 pub struct LocalCluster {
     options: LocalOptions,
+    /// Where the coordinator really listens.
+    listens: SocketAddr,
     coordinator: Member,
     workers: Vec<Member>,
     client: Client,
@@ -100,13 +102,14 @@ impl LocalCluster {
         refuse_taken_port(options.listen)?;
         std::fs::create_dir_all(&options.logs)
             .map_err(|error| CliError::io(format_args!("make {}", options.logs.display()), error))?;
-        let (coordinator, address) = start_coordinator(options, options.listen).await?;
+        let (coordinator, listens) = start_coordinator(options, options.listen).await?;
+        let address = Address::parse(&reachable(listens).to_string(), "started here")?;
         let mut workers = Vec::new();
         for number in 1..=options.workers {
             workers.push(start_worker(options, &format!("worker-{number}"), &address.url)?);
         }
         let (client, _) = Client::connect(address).await?;
-        let mut cluster = Self { options: options.clone(), coordinator, workers, client };
+        let mut cluster = Self { options: options.clone(), listens, coordinator, workers, client };
         cluster.wait_for_workers().await?;
         Ok(cluster)
     }
@@ -127,9 +130,7 @@ impl LocalCluster {
     /// # Errors
     /// The program cannot be started, or does not listen.
     pub async fn restart_coordinator(&mut self) -> Result<(), CliError> {
-        let listen =
-            self.client.address().url.trim_start_matches("http://").parse().unwrap_or(self.options.listen);
-        (self.coordinator, _) = start_coordinator(&self.options, listen).await?;
+        (self.coordinator, _) = start_coordinator(&self.options, self.listens).await?;
         Ok(())
     }
 
@@ -370,7 +371,7 @@ fn spawn(name: String, mut command: Command, logs: &Path) -> Result<Member, CliE
 async fn start_coordinator(
     options: &LocalOptions,
     listen: SocketAddr,
-) -> Result<(Member, Address), CliError> {
+) -> Result<(Member, SocketAddr), CliError> {
     let address_file = options.logs.join("coordinator.address");
     remove_if_there(&address_file)?;
     let mut command = Command::new(find("takuma-coordinator")?);
@@ -388,7 +389,7 @@ fn start_worker(options: &LocalOptions, name: &str, coordinator: &str) -> Result
     spawn(name.to_owned(), command, &options.logs)
 }
 
-async fn wait_for_address(coordinator: &mut Member, file: &Path) -> Result<Address, CliError> {
+async fn wait_for_address(coordinator: &mut Member, file: &Path) -> Result<SocketAddr, CliError> {
     let written = async {
         loop {
             if let Ok(text) = std::fs::read_to_string(file)
@@ -406,14 +407,13 @@ async fn wait_for_address(coordinator: &mut Member, file: &Path) -> Result<Addre
             return Err(CliError::failed(coordinator.obituary(status)));
         }
     };
-    let address = address.map_err(|_| {
+    address.map_err(|_| {
         CliError::failed(format!(
             "the coordinator did not listen within {} s; its log is {}",
             COORDINATOR_TIMEOUT.as_secs(),
             coordinator.log.display()
         ))
-    })?;
-    Address::parse(&reachable(address).to_string(), "started here")
+    })
 }
 
 /// Where to reach a listener from this machine: "all addresses" is none to connect to.

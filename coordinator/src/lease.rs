@@ -25,6 +25,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 pub const LEASE_FILE: &str = "coordinator.json";
 /// Renewals in a term.
 const RENEWALS_PER_TERM: u32 = 3;
+/// Writes that are tried in a row where the version was another one of ours.
+const ATTEMPTS: u32 = 3;
 
 /// What the lease says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +37,7 @@ pub struct Holder {
     pub address: String,
     /// Tells two lives of a coordinator apart.
     pub id: String,
-    /// Rises with every renewal, so that each is another object.
+    /// Rises with every attempt to renew, so that each is another object.
     pub renewals: u64,
     /// It ended in peace: the store is free.
     pub released: bool,
@@ -71,6 +73,8 @@ pub struct Lease {
     version: Version,
     term: Duration,
     valid: Validity,
+    /// Writes that were tried.
+    attempts: u64,
 }
 
 /// Until when the lease is valid, shared with the guard of the store.
@@ -155,7 +159,7 @@ impl Lease {
         valid.extend(asked + term);
         match store.get_versioned(LEASE_FILE).await? {
             Some((content, version)) if content == json(&holder) => {
-                Ok(Self { store: store.clone(), holder, version, term, valid })
+                Ok(Self { store: store.clone(), holder, version, term, valid, attempts: 0 })
             }
             _ => Err(LeaseError::Held {
                 host: "another machine".to_owned(),
@@ -176,8 +180,7 @@ impl Lease {
     pub async fn keep(&mut self) {
         loop {
             let asked = Instant::now();
-            let next = Holder { renewals: self.holder.renewals + 1, ..self.holder.clone() };
-            match self.write(next).await {
+            match self.write(self.holder.clone()).await {
                 Ok(true) => self.valid.extend(asked + self.term),
                 Ok(false) => return,
                 // The guard holds writes back meanwhile; nobody else can take the lease from this store either.
@@ -195,19 +198,32 @@ impl Lease {
         }
     }
 
-    /// Whether the lease is still ours after writing `next`.
+    /// Whether the lease is still ours after writing `next`. Each attempt writes other bytes, so what is read back
+    /// tells whether it was this one that landed: an older write that is still there renews nothing.
     async fn write(&mut self, next: Holder) -> std::result::Result<bool, StoreError> {
-        // An answer may have been lost although the write landed, so what is there decides.
-        let replaced = self.store.replace(LEASE_FILE, json(&next), &self.version).await;
-        let Some((content, version)) = self.store.get_versioned(LEASE_FILE).await? else { return Ok(false) };
-        let present = serde_json::from_slice::<Holder>(&content).ok();
-        if present.is_none_or(|present| present.id != self.holder.id) {
-            return Ok(false);
+        for _ in 0..ATTEMPTS {
+            self.attempts += 1;
+            let next = Holder { renewals: self.attempts, ..next.clone() };
+            let replaced = self.store.replace(LEASE_FILE, json(&next), &self.version).await;
+            let Some((content, version)) = self.store.get_versioned(LEASE_FILE).await? else {
+                return Ok(false);
+            };
+            let present = serde_json::from_slice::<Holder>(&content).ok();
+            if present.as_ref().is_none_or(|present| present.id != self.holder.id) {
+                return Ok(false);
+            }
+            self.version = version;
+            if present.as_ref() == Some(&next) {
+                self.holder = next;
+                return Ok(true);
+            }
+            replaced?;
         }
-        self.version = version;
-        replaced?;
-        self.holder = next;
-        Ok(true)
+        Err(StoreError::NoAnswer {
+            action: "write",
+            url: format!("{}/{LEASE_FILE}", self.store.url()),
+            waited: self.term / RENEWALS_PER_TERM,
+        })
     }
 }
 

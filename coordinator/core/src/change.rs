@@ -27,6 +27,7 @@ impl Cluster {
             |session: &SessionId| self.members.get(*session).is_some_and(|worker| worker.leaving.is_some());
         let mut sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
         let before = sessions.len();
+        let Some(&carrier) = sessions.first() else { return };
         sessions.retain(|session| !leaves(session));
         let stay = sessions.len();
         let most = run.record.config.most_workers() as usize;
@@ -34,12 +35,21 @@ impl Cluster {
             let worker = self.members.get(member.session);
             worker.is_some_and(|worker| worker.leaving == Some(Leaving::Goodbye))
         });
-        let joiners: Vec<SessionId> = self
+        let mut joiners: Vec<SessionId> = self
             .idle()
             .into_iter()
             .filter(|&session| self.is_fit(session, &name))
             .take(most.saturating_sub(stay))
             .collect();
+        if stay == 0 && !joiners.is_empty() {
+            // Somebody has to bring the state along: one of those who leave goes only with the next change. Where
+            // there is no room for it, a checkpoint carries the state over.
+            if most < 2 {
+                return self.pause(&name);
+            }
+            sessions.push(carrier);
+            joiners.truncate(most - 1);
+        }
         sessions.extend(joiners);
         if sessions.is_empty() {
             // Who was drained and is needed stays until another comes; who was told to stop does not.

@@ -28,8 +28,8 @@ pub(super) struct Member {
     stopper: Stopper,
     spool: Spool,
     parked: bool,
-    /// Cannot go on; only its last news must still be sent.
-    failed: bool,
+    /// Cannot go on, and why; only that must still be sent.
+    failed: Option<((run_failed::Kind, i32), String)>,
 }
 
 struct Next {
@@ -77,7 +77,7 @@ impl Member {
             stopper: Stopper::default(),
             spool,
             parked: false,
-            failed: false,
+            failed: None,
         }
     }
 
@@ -93,7 +93,7 @@ impl Member {
 
     /// Its last news was the last thing to do.
     pub(super) fn is_over(&self) -> bool {
-        self.failed
+        self.failed.is_some()
     }
 
     /// Where log lines come from.
@@ -108,7 +108,7 @@ impl Member {
 
     /// What a new session is told of it; nothing while it has no state that the group could miss.
     pub(super) fn claim(&self) -> Option<Membership> {
-        if !matches!(self.stage, Stage::Training { .. }) {
+        if !matches!(self.stage, Stage::Training { .. }) || !self.progress.is_stateful() {
             return None;
         }
         let next = self.next.as_ref().filter(|next| next.started);
@@ -151,7 +151,17 @@ impl Member {
             Ok(seat) => seat,
             Err(error) => return self.fail(&error),
         };
+        if let Some((blame, message)) = self.failed.clone() {
+            // The trainer is gone; the new group must hear of it under its own generation.
+            let generation = prepare.generation;
+            self.enter(prepare);
+            return self.say_failed(generation, blame, message);
+        }
         if prepare.when() == prepare::When::NextStep {
+            // The change before this one has taken place, even if the trainer's word of it is still under way.
+            if let Some(before) = self.next.take_if(|next| next.started) {
+                self.enter(before.prepare);
+            }
             if let Stage::Training { pool, .. } = &self.stage {
                 tracing::debug!("{}; the next group is prepared", pool.status());
             }
@@ -404,7 +414,7 @@ impl Member {
     /// This worker cannot go on.
     fn fail(&mut self, error: &MemberError) {
         tracing::error!(step = self.progress.step(), "{} cannot go on: {error}", self.present.run);
-        self.failed = true;
+        self.failed = Some((error.blame(), error.to_string()));
         self.say_failed(self.present.generation, error.blame(), error.to_string());
     }
 

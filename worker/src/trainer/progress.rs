@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 pub struct Progress {
     step: AtomicU64,
     stop: AtomicBool,
+    has_state: AtomicBool,
     now: Mutex<Now>,
 }
 
@@ -27,6 +28,7 @@ impl Progress {
         Self {
             step: AtomicU64::new(start_step),
             stop: AtomicBool::new(false),
+            has_state: AtomicBool::new(false),
             now: Mutex::new(Now { phase: "loading", last_step_s: [0.0; 3] }),
         }
     }
@@ -51,6 +53,17 @@ impl Progress {
     /// A group goes on from `step` finished steps.
     pub(super) fn begin(&self, step: u64) {
         self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// The trainer has a state that a group could go on from.
+    pub(super) fn has_state(&self) {
+        self.has_state.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the trainer has a state that a group could go on from.
+    #[must_use]
+    pub fn is_stateful(&self) -> bool {
+        self.has_state.load(Ordering::Relaxed)
     }
 
     pub(super) fn stop_requested(&self) -> bool {

@@ -181,6 +181,7 @@ pub struct Trainer {
     broken_since: Option<Instant>,
     /// After a loss the newest checkpoint may have been lost with its writer.
     checkpoint_overdue: bool,
+    was_rank_0: bool,
     step_s: f64,
     steps_here: u64,
     /// Ordered by a test.
@@ -208,6 +209,9 @@ impl Trainer {
             restore_into(&mut net, &loaded.parts)?;
             progressed = Some(Progressed { step: loaded.manifest.step, sums: Vec::new() });
         }
+        if progressed.is_some() {
+            parts.progress.has_state();
+        }
         let samples = Samples::new(&parts.config, parts.spool.clone());
         Ok(Self {
             parts,
@@ -220,6 +224,7 @@ impl Trainer {
             leaves: None,
             broken_since: None,
             checkpoint_overdue: false,
+            was_rank_0: true,
             step_s: 0.0,
             steps_here: 0,
             fault: Fault::from_environment(),
@@ -324,10 +329,12 @@ impl Trainer {
         self.steps_here = 0;
         let (step, phase) = self.position();
         self.parts.progress.begin(step);
-        if rank == Rank(0) {
-            let position = (step, phase as u32);
-            self.note(Note::Formed { generation, position, stalled_s, restored: agreement.restored });
-        }
+        self.parts.progress.has_state();
+        let position = (step, phase as u32);
+        self.note(Note::Formed { generation, position, stalled_s, restored: agreement.restored });
+        // Whoever was rank 0 before may have gone with a checkpoint that nobody will commit.
+        self.checkpoint_overdue |= rank == Rank(0) && !self.was_rank_0;
+        self.was_rank_0 = rank == Rank(0);
         if rank == agreement.source {
             self.samples.render_missing();
         }

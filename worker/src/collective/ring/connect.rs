@@ -169,7 +169,10 @@ impl Formation<'_> {
                         operation: FORMING.into(),
                         detail: match refusal {
                             Answer::Version => format!("{address} runs another version of takuma"),
-                            _ => format!("{address} sees another group; all workers need the same settings"),
+                            _ => format!(
+                                "{address} sees another group, with other members, channels or lanes; all workers need the same \
+                                 settings"
+                            ),
                         },
                     });
                 }
