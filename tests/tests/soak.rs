@@ -40,18 +40,18 @@ fn pace(
     (view(cluster, name)["step"].as_u64().unwrap() - first) as f64 / begin.elapsed().as_secs_f64()
 }
 
-/// Seconds that each new group stood still, by the events: "... after 0.12 s".
+/// Seconds that each group stood still which came after a loss, by the events: "... after 0.12 s".
 fn stalls(events: &[Value]) -> Vec<f64> {
-    let seconds = |event: &Value| {
-        let message = event["message"].as_str()?.split(" after ").nth(1)?;
-        message.split(' ').next()?.parse::<f64>().ok()
-    };
-    let mut stalls: Vec<f64> = events
-        .iter()
-        .filter(|event| event["kind"] == "formed")
-        .filter_map(seconds)
-        .filter(|&s| s > 0.0)
-        .collect();
+    let mut lost = false;
+    let mut stalls = Vec::new();
+    for event in events {
+        lost |= event["kind"] == "regrouping";
+        if event["kind"] == "formed" && std::mem::take(&mut lost) {
+            let message = event["message"].as_str().unwrap();
+            let seconds = message.split(" after ").nth(1).and_then(|rest| rest.split(' ').next());
+            stalls.push(seconds.unwrap().parse().unwrap());
+        }
+    }
     stalls.sort_by(f64::total_cmp);
     stalls
 }
