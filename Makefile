@@ -28,7 +28,7 @@ test-compose: build ## train in containers with an S3 server; needs a Docker eng
 bench: build ## seconds per iteration beside PyTorch's, on this machine
 	@bench/run.sh
 
-soak: build ## kill workers for minutes beside an undisturbed run (SOAK_S, SOAK_EVERY_S), and print a table
+soak: build ## kill and stop workers, and the coordinator, for minutes beside an undisturbed run (SOAK_S, SOAK_EVERY_S); prints a table
 	@$(CARGO) test --release --locked --workspace --test soak -- --ignored --nocapture
 
 sim: setup ## the coordinator's decisions under SEEDS random schedules (default 20000)

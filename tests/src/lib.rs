@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a harness: what fails here fails the test")]
 
 mod proxy;
+mod throttle;
 
 use std::fs::File;
 use std::io::Read;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 pub use proxy::Proxy;
 use serde_json::Value;
 use tempfile::TempDir;
+pub use throttle::Throttle;
 
 /// Longer than anything a healthy process needs on a busy two-core machine.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -199,12 +201,12 @@ impl Cluster {
         self.start_worker(name, &["--listen", "127.0.0.1:0"], Some(fault));
     }
 
-    /// Starts a worker that its neighbours reach through a proxy.
-    pub fn add_worker_behind(&mut self, name: &str, proxy: &Proxy) {
+    /// Starts a worker that its neighbours reach through a proxy, with faults of its own where they are given.
+    pub fn add_worker_behind(&mut self, name: &str, proxy: &Proxy, faults: Option<&str>) {
         let listening = free_address();
         proxy.forward_to(listening.parse().unwrap());
         let advertised = proxy.address().to_string();
-        self.start_worker(name, &["--listen", &listening, "--advertise", &advertised], None);
+        self.start_worker(name, &["--listen", &listening, "--advertise", &advertised], faults);
     }
 
     fn start_worker(&mut self, name: &str, listen: &[&str], fault: Option<&str>) {

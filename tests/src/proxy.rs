@@ -5,7 +5,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,6 +24,8 @@ pub struct Proxy {
 #[derive(Default)]
 struct Shared {
     state: AtomicU8,
+    /// Cuts so far: a connection that has seen one is dead, however soon the link was healed.
+    cuts: AtomicU64,
     target: Mutex<Option<SocketAddr>>,
 }
 
@@ -58,6 +60,7 @@ impl Proxy {
     /// Breaks every connection, and refuses new ones until [`Proxy::heal`].
     pub fn cut(&self) {
         self.shared.state.store(CUT, Ordering::SeqCst);
+        self.shared.cuts.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Passes nothing on any more, without a word, until [`Proxy::heal`].
@@ -74,6 +77,7 @@ impl Proxy {
 impl Shared {
     fn serve(self: &Arc<Self>, client: &TcpStream) {
         let Some(target) = *self.target.lock().unwrap() else { return };
+        let cuts = self.cuts.load(Ordering::SeqCst);
         if self.state.load(Ordering::SeqCst) != OPEN {
             return;
         }
@@ -84,17 +88,17 @@ impl Shared {
         }
         let (there, back) = (Arc::clone(self), Arc::clone(self));
         let (client_copy, server_copy) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-        let pump = std::thread::spawn(move || there.pump(&client_copy, &server_copy));
-        back.pump(&server, client);
+        let pump = std::thread::spawn(move || there.pump(&client_copy, &server_copy, cuts));
+        back.pump(&server, client, cuts);
         pump.join().unwrap();
     }
 
     /// Passes bytes on until an end closes or the link is cut. A link that swallowed something stays dead.
-    fn pump(&self, from: &TcpStream, to: &TcpStream) {
+    fn pump(&self, from: &TcpStream, to: &TcpStream, cuts: u64) {
         let mut buffer = vec![0; 64 << 10];
         let mut swallowed = false;
         let (mut from_end, mut to_end) = (from, to);
-        while self.state.load(Ordering::SeqCst) != CUT {
+        while self.cuts.load(Ordering::SeqCst) == cuts {
             match from_end.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(count) => {
