@@ -213,13 +213,13 @@ async fn verify_one(client: &Client, run: &str, step: u64) -> Result<Verified, C
     let (_, manifest) = manifest(client, run, step).await?;
     let mut parts = Vec::new();
     for file in CHECKPOINT_PARTS {
-        let Some(due) = manifest.parts.iter().find(|part| part.file == file) else {
+        let Some(due) = manifest.part(file) else {
             let problem = Some("is not in the manifest".to_owned());
             parts.push(VerifiedPart { file: file.to_owned(), size_bytes: 0, problem });
             continue;
         };
         let read = async {
-            Reading::open(client, run, &checkpoint_object(step, file), PART_BYTES_MAX)
+            Reading::open(client, run, &checkpoint_object(step, &due.file), PART_BYTES_MAX)
                 .await?
                 .fingerprint()
                 .await
@@ -289,7 +289,8 @@ async fn fetch(
     due: &CheckpointPart,
     dir: &Path,
 ) -> Result<PathBuf, CliError> {
-    let file = dir.join(plain_name(&due.file)?);
+    // Without the folder of the generation that wrote it: here it stands alone.
+    let file = dir.join(plain_name(due.name())?);
     let object = checkpoint_object(step, &due.file);
     let reading = Reading::open(client, run, &object, due.size_bytes).await?;
     let (part, found) = reading.into_folder(dir).await?;

@@ -100,6 +100,7 @@ fn template() -> Map<String, Value> {
     // Keys left out where they are none are keys all the same.
     config.steps = Some(1);
     config.workers = Some(1);
+    config.keep_checkpoints = Some(1);
     match serde_json::to_value(config) {
         Ok(Value::Object(map)) => map,
         other => unreachable!("a RunConfig is a JSON object, not {other:?}"),

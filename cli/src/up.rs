@@ -145,23 +145,44 @@ async fn stay(mut cluster: LocalCluster, signals: &mut Signals) -> Result<Exit, 
             }
             death = cluster.next_death() => death?,
         };
-        output::message(&format!("{} {}", Tone::Bad.stderr("lost:"), death.message));
-        if deaths.are_too_many(&death.name) {
-            cluster.stop().await?;
-            return Err(CliError::failed(format!(
-                "{} died {MAX_DEATHS} times within {} s, so everything was stopped; mend the cause above, start again \
-                 with 'takuma up', and the run goes on from its last checkpoint",
-                death.name,
-                DEATHS_WITHIN.as_secs()
-            )));
-        }
-        if death.was_coordinator {
-            cluster.restart_coordinator().await?;
-        } else {
-            cluster.start_worker(&death.name)?;
+        let mut message = death.message.clone();
+        loop {
+            output::message(&format!("{} {message}", Tone::Bad.stderr("lost:")));
+            if deaths.are_too_many(&death.name) {
+                cluster.stop().await?;
+                return Err(too_many_deaths(&death.name));
+            }
+            let started = async {
+                if death.was_coordinator {
+                    cluster.restart_coordinator().await
+                } else {
+                    cluster.start_worker(&death.name)
+                }
+            };
+            let started = tokio::select! {
+                started = started => Some(started),
+                () = signals.next() => None,
+            };
+            match started {
+                Some(Ok(())) => break,
+                // It may be a matter of a moment: a port that is not free yet, memory that is just full.
+                Some(Err(error)) => message = format!("{} could not be started again: {error}", death.name),
+                None => {
+                    wind_down(cluster, signals).await?;
+                    return Ok(Exit::Success);
+                }
+            }
         }
         output::message(&format!("{} is started again; the run goes on meanwhile", death.name));
     }
+}
+
+fn too_many_deaths(name: &str) -> CliError {
+    CliError::failed(format!(
+        "{name} died {MAX_DEATHS} times within {} s, so everything was stopped; mend the cause above, start again with \
+         'takuma up', and the run goes on from its last checkpoint",
+        DEATHS_WITHIN.as_secs()
+    ))
 }
 
 /// When which child died.

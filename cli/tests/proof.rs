@@ -10,7 +10,7 @@ use takuma_core::checkpoint::{CHECKPOINT_FORMAT, CHECKPOINT_PARTS, CheckpointMan
 use takuma_core::config::{Recipe, RunConfig};
 use takuma_core::dataset::{DATASET_FORMAT, DatasetManifest, ShardEntry};
 use takuma_core::ids::Generation;
-use takuma_core::layout::{DATASET_MANIFEST, checkpoint_object, shard_file};
+use takuma_core::layout::{DATASET_MANIFEST, checkpoint_object, part_file, shard_file};
 use takuma_core::record::{DatasetFacts, Origin, RUN_FORMAT, RunRecord, RunStatus};
 use takuma_core::time::Timestamp;
 use takuma_proto::v1;
@@ -55,6 +55,7 @@ fn record(origin: Option<Origin>) -> RunRecord {
         generations_reserved: Generation(1003),
         lineage: Generation(1),
         origin,
+        passed_over: Default::default(),
         step: STEPS,
         target_steps: STEPS,
         elapsed_ms: 0,
@@ -138,7 +139,7 @@ fn checkpointed() -> Script {
     for step in [5, 9] {
         let content = |file: &str| format!("{file} of step {step}").into_bytes();
         let part = |file: &str| CheckpointPart {
-            file: file.into(),
+            file: part_file(Generation(1), file),
             size_bytes: content(file).len() as u64,
             sha256: sha256(&content(file)),
         };
@@ -158,7 +159,7 @@ fn checkpointed() -> Script {
         let json = serde_json::to_vec(&manifest).unwrap();
         script.objects.insert(checkpoint_object(step, "manifest.json"), json);
         for file in CHECKPOINT_PARTS {
-            script.objects.insert(checkpoint_object(step, file), content(file));
+            script.objects.insert(checkpoint_object(step, &part_file(Generation(1), file)), content(file));
         }
     }
     script
@@ -179,10 +180,10 @@ async fn whole_checkpoints_are_verified_to_the_byte() {
 #[tokio::test]
 async fn damage_is_named_and_another_checkpoint_offered() {
     let mut script = checkpointed();
-    let flipped = script.objects.get_mut(&checkpoint_object(9, "generator.safetensors")).unwrap();
+    let flipped = script.objects.get_mut(&checkpoint_object(9, "g1/generator.safetensors")).unwrap();
     flipped[3] ^= 1;
-    script.objects.get_mut(&checkpoint_object(9, "discriminator.safetensors")).unwrap().pop();
-    script.objects.remove(&checkpoint_object(9, "optimizer.safetensors"));
+    script.objects.get_mut(&checkpoint_object(9, "g1/discriminator.safetensors")).unwrap().pop();
+    script.objects.remove(&checkpoint_object(9, "g1/optimizer.safetensors"));
     let fake = Fake::start(script).await;
     let ran = fake.takuma(&["checkpoint", "verify", "calm", "--all"]).await;
     assert_eq!(ran.code, 1);

@@ -113,6 +113,7 @@ fn step_report(report: v1::StepReport) -> StepReport {
             exchange_s: report.exchange_s,
         },
         fed: report.fed,
+        left_out: report.left_out,
     }
 }
 
@@ -163,6 +164,7 @@ fn member_failure(failed: v1::RunFailed) -> MemberFailure {
             FailureKind::PeerLost { suspect: u32::try_from(failed.suspect_rank).ok() }
         }
         v1::run_failed::Kind::Run => FailureKind::Run,
+        v1::run_failed::Kind::NotFinite => FailureKind::NotFinite,
         v1::run_failed::Kind::Local | v1::run_failed::Kind::Unspecified => FailureKind::Local,
     };
     MemberFailure {
@@ -229,6 +231,7 @@ fn prepare_message(prepare: Prepare) -> v1::Prepare {
         start_step,
         state: state.into(),
         target_steps: prepare.target_steps,
+        passed_over: prepare.passed_over,
         run_id: prepare.run_id,
         when: when.into(),
     }

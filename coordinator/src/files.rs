@@ -5,12 +5,13 @@ mod commit;
 mod lines;
 mod persist;
 mod plot;
+mod sweep;
 mod tensorboard;
 
 use std::time::Duration;
 
 use serde::Serialize;
-use takuma_core::checkpoint::CheckpointManifest;
+use takuma_core::checkpoint::{CheckpointManifest, Retention};
 use takuma_core::event::{Event, Fence, Grid, GridKind, MetricsLine, RunEvent};
 use takuma_core::ids::Generation;
 use takuma_core::layout;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use lines::LineFile;
 use persist::{FIRST_PAUSE, Patience, persist};
 use plot::Point;
+use sweep::Sweeper;
 use tensorboard::EventFile;
 
 use crate::owner::{Message, Owner};
@@ -53,8 +55,8 @@ pub enum Job {
     Rewind { step: u64, lineage: Generation },
     /// Store a grid and all that belongs to it.
     Grid(Grid),
-    /// Commit a checkpoint.
-    Commit(Box<CheckpointManifest>),
+    /// Commit a checkpoint, then remove what is kept no longer.
+    Commit { manifest: Box<CheckpointManifest>, retention: Retention },
     /// Store everything, then say so.
     Flush(Fence),
     /// Store everything and end.
@@ -157,6 +159,7 @@ struct RunFiles {
     tensorboard_files: u64,
     /// The plot lacks points.
     plot_stale: bool,
+    sweeper: Sweeper,
     failed: bool,
 }
 
@@ -171,6 +174,7 @@ impl RunFiles {
             tensorboard_stored: Instant::now(),
             tensorboard_files: 0,
             plot_stale: false,
+            sweeper: Sweeper::default(),
             failed: false,
         }
     }
@@ -232,7 +236,7 @@ impl RunFiles {
                 self.tell(Event::GridSettled { fence, kind, step, outcome }).await;
                 Ok(())
             }
-            Job::Commit(manifest) => {
+            Job::Commit { manifest, retention } => {
                 let fence = Fence { run: manifest.run.clone(), generation: manifest.generation };
                 let mark =
                     CheckpointMark { step: manifest.step, weights_sha256: manifest.weights_sha256.clone() };
@@ -241,7 +245,11 @@ impl RunFiles {
                     Ok(()) => commit::commit(&self.store, &self.patience, &manifest).await,
                     Err(error) => Err(error),
                 };
+                let committed = outcome.is_ok();
                 self.tell(Event::CheckpointSettled { fence, mark, outcome }).await;
+                if committed {
+                    self.sweeper.after_commit(&self.store, &manifest, &retention).await;
+                }
                 Ok(())
             }
             Job::Flush(fence) => {

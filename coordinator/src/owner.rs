@@ -265,7 +265,9 @@ impl State {
             Action::RecordMetrics { run, line } => self.write(&run, Job::Metrics(line)),
             Action::RewindMetrics { run, step, lineage } => self.write(&run, Job::Rewind { step, lineage }),
             Action::StoreGrid { grid } => self.write(&grid.fence.run.clone(), Job::Grid(grid)),
-            Action::CommitCheckpoint { manifest } => self.write(&manifest.run.clone(), Job::Commit(manifest)),
+            Action::CommitCheckpoint { manifest, retention } => {
+                self.write(&manifest.run.clone(), Job::Commit { manifest, retention });
+            }
             Action::FlushRun { fence } => self.write(&fence.run.clone(), Job::Flush(fence)),
             Action::CloseRun { run } => self.close_run(&run),
             Action::RefuseStale { session, what, fence } => {

@@ -57,7 +57,10 @@ async fn a_checkpoint_with_a_missing_part_is_not_committed_and_fails_the_run() {
         generation: prepares[0].generation,
         step: 2,
         parts: takuma_core::checkpoint::CHECKPOINT_PARTS
-            .map(|name| v1::ObjectPart { name: name.into(), size_bytes: 7, sha256: String::new() })
+            .map(|part| {
+                let name = format!("g{}/{part}", prepares[0].generation);
+                v1::ObjectPart { name, size_bytes: 7, sha256: String::new() }
+            })
             .to_vec(),
         weights_sha256: String::new(),
     };
@@ -75,7 +78,7 @@ async fn another_protocol_version_is_refused_in_words() {
     let refused = Worker::join(server.address, "old", PROTOCOL_VERSION + 1).await.err().unwrap();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert!(
-        refused.message().contains("the worker speaks protocol 3; use the same takuma version"),
+        refused.message().contains("the worker speaks protocol 4; use the same takuma version"),
         "{refused}"
     );
     let request = v1::GetClusterRequest { protocol_version: 0 };

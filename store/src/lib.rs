@@ -219,6 +219,20 @@ impl Store {
         }
     }
 
+    /// Lets go of a folder that holds no object any more. Only local stores have folders that can be empty; one that is
+    /// not, or cannot be removed, stays.
+    pub async fn forget_folder(&self, folder: &str) {
+        let Some(path) = self.at(folder).local_path() else { return };
+        let removed = tokio::task::spawn_blocking(move || {
+            // Those inside first.
+            for inside in std::fs::read_dir(&path).into_iter().flatten().flatten() {
+                std::fs::remove_dir(inside.path()).ok();
+            }
+            std::fs::remove_dir(&path).ok();
+        });
+        removed.await.ok();
+    }
+
     /// Every object below a folder ("" = this one), by name.
     ///
     /// # Errors

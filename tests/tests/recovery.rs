@@ -75,20 +75,25 @@ fn a_stopped_worker_is_left_behind_and_comes_back() {
 fn a_cut_link_and_a_silent_one_are_survived() {
     let mut cluster = Cluster::start(1);
     let proxy = Proxy::start();
-    cluster.add_worker_behind("worker-2", &proxy);
+    cluster.add_worker_behind("worker-2", &proxy, None);
     wait_for("both workers", || {
         (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 2).then_some(())
     });
     submit(&cluster, "linked", 120, &["--workers", "2"]);
     cluster.wait_for_step("linked", 10);
+    let noticed = |cluster: &Cluster, times: usize| {
+        wait_for("the broken link to be noticed", || {
+            let events = cluster.events("linked");
+            (events.iter().filter(|event| event["kind"] == "regrouping").count() >= times).then_some(())
+        });
+    };
     proxy.cut();
     proxy.heal();
-    cluster.wait_for_step("linked", 30);
+    noticed(&cluster, 1);
+    let step = cluster.json(&["run", "show", "linked", "-o", "json"])["step"].as_u64().unwrap();
+    cluster.wait_for_step("linked", step + 5);
     proxy.swallow();
-    wait_for("the silence to be noticed", || {
-        let events = cluster.events("linked");
-        (events.iter().filter(|event| event["kind"] == "regrouping").count() >= 2).then_some(())
-    });
+    noticed(&cluster, 2);
     proxy.heal();
     is_whole(&cluster, "linked", 120);
 }
@@ -149,4 +154,58 @@ fn a_loss_that_is_no_number_ends_the_run_before_it_is_applied() {
     let error = view["error"].as_str().unwrap();
     assert!(error.contains("step 5") && error.contains("not finite"), "{error}");
     assert_eq!(view["step"], 4, "the steps before it count");
+}
+
+/// A run of two workers, one of which makes the images of every fourth step of a group infinite.
+fn poisoned(name: &str, steps: u64, rest: &[&str]) -> Cluster {
+    let mut cluster = Cluster::start(1);
+    cluster.add_doomed_worker("worker-2", "nan@+4.d");
+    wait_for("both workers", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 2).then_some(())
+    });
+    submit(&cluster, name, steps, &[&["--workers", "2"], rest].concat());
+    cluster
+}
+
+/// Steps whose line has no loss of D.
+fn without_loss(cluster: &Cluster, name: &str) -> Vec<u64> {
+    let lines = cluster.metrics(name);
+    lines.iter().filter(|line| line["d_loss"].is_null()).map(|line| line["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn an_update_that_is_no_number_is_left_out_when_that_is_wanted() {
+    let cluster = poisoned("skipping", 20, &["--on-nan", "skip"]);
+    is_whole(&cluster, "skipping", 20);
+    assert_eq!(without_loss(&cluster, "skipping"), [5]);
+    let events = cluster.events("skipping");
+    let told = events.iter().find(|event| event["kind"] == "left_out").unwrap()["message"].as_str().unwrap();
+    assert!(
+        told.starts_with("step 5: no update in phase d: the loss and the gradient of conv1.weight"),
+        "{told}"
+    );
+    let _printed = cluster.ok(&["run", "audit", "skipping"]);
+    let _printed = cluster.ok(&["checkpoint", "verify", "skipping", "--all"]);
+}
+
+#[test]
+fn a_run_rolls_back_before_a_number_that_is_none_and_passes_over_its_step() {
+    let cluster =
+        poisoned("rolling", 20, &["--on-nan", "rollback", "--set", "checkpoint_every=4", "--keep", "2"]);
+    is_whole(&cluster, "rolling", 20);
+    let events = cluster.events("rolling");
+    let told: Vec<&str> = events
+        .iter()
+        .filter(|event| event["kind"] == "rolled_back")
+        .map(|event| event["message"].as_str().unwrap())
+        .collect();
+    assert!(told[0].contains("will make no update in step 5"), "{told:?}");
+    assert_eq!(without_loss(&cluster, "rolling").first(), Some(&5));
+    let _printed = cluster.ok(&["run", "audit", "rolling"]);
+    let kept = cluster.json(&["checkpoint", "ls", "rolling", "-o", "json"]);
+    let kept: Vec<u64> = kept.as_array().unwrap().iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!((kept.len(), kept.last()), (2, Some(&20)));
+    let folders = std::fs::read_dir(cluster.path("store/runs/rolling/checkpoints")).unwrap();
+    assert_eq!(folders.count(), 2, "nothing else is left");
+    let _printed = cluster.ok(&["checkpoint", "verify", "rolling", "--all"]);
 }

@@ -16,6 +16,11 @@ pub fn describe(config: &RunConfig, plan: &Plan) -> Vec<String> {
         Some(eta_s) => format!("{}, as measured on the last such run", duration(eta_s)),
         None => "known after the first steps (no such run was measured yet)".to_owned(),
     };
+    let kept = match config.keep_checkpoints {
+        None => String::new(),
+        Some(1) => " (the newest one stays)".to_owned(),
+        Some(kept) => format!(" (the newest {kept} stay)"),
+    };
     let line = |key: &str, value: String| format!("  {key:<12}{value}");
     let mut lines = vec![
         line("recipe", config.recipe.to_string()),
@@ -34,7 +39,7 @@ pub fn describe(config: &RunConfig, plan: &Plan) -> Vec<String> {
         line(
             "output",
             format!(
-                "a grid every {}, a checkpoint every {}",
+                "a grid every {}, a checkpoint every {}{kept}",
                 count(config.sample_every, "step"),
                 count(config.checkpoint_every, "step")
             ),

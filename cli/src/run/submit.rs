@@ -48,6 +48,9 @@ pub(super) struct SubmitArgs {
     /// Workers to wait for [default: all that are idle when the run starts]
     #[arg(long, value_name = "N")]
     workers: Option<u64>,
+    /// Give fast workers larger shares of the batch, measured as the run goes; for machines that are not alike
+    #[arg(long)]
+    balance: bool,
     /// Decides weights, noise and data order [default: 0]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
@@ -57,6 +60,13 @@ pub(super) struct SubmitArgs {
     /// Steps between two checkpoints [default: 500]
     #[arg(long, value_name = "N")]
     checkpoint_every: Option<u64>,
+    /// Checkpoints to keep: the newest so many [default: all]
+    #[arg(long, value_name = "N")]
+    keep: Option<u64>,
+    /// When a loss or gradient is not finite: fail the run (stop), leave the update out (skip), or go back to the newest
+    /// checkpoint and pass over the step (rollback) [default: stop]
+    #[arg(long, value_name = "POLICY", value_enum)]
+    on_nan: Option<OnNanFlag>,
     /// Whose statistics normalise a batch: all workers' (sync) or each its own (local) [default: sync]
     #[arg(long, value_name = "MODE", value_enum)]
     batch_norm: Option<BatchNormFlag>,
@@ -101,6 +111,13 @@ enum BatchNormFlag {
     Local,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OnNanFlag {
+    Stop,
+    Skip,
+    Rollback,
+}
+
 impl SubmitArgs {
     fn config(&self) -> Result<RunConfig, SettingsError> {
         let mut layers = Vec::new();
@@ -122,7 +139,18 @@ impl SubmitArgs {
             BatchNormFlag::Sync => "sync".to_owned(),
             BatchNormFlag::Local => "local".to_owned(),
         });
-        for (key, text) in [("recipe", &self.recipe), ("data", &self.data), ("batch_norm", &batch_norm)] {
+        let on_nan = self.on_nan.map(|policy| match policy {
+            OnNanFlag::Stop => "stop".to_owned(),
+            OnNanFlag::Skip => "skip".to_owned(),
+            OnNanFlag::Rollback => "rollback".to_owned(),
+        });
+        let texts = [
+            ("recipe", &self.recipe),
+            ("data", &self.data),
+            ("on_nan", &on_nan),
+            ("batch_norm", &batch_norm),
+        ];
+        for (key, text) in texts {
             if let Some(text) = text {
                 layer.insert_text(key, text)?;
             }
@@ -135,14 +163,17 @@ impl SubmitArgs {
             ("seed", self.seed),
             ("sample_every", self.sample_every),
             ("checkpoint_every", self.checkpoint_every),
+            ("keep_checkpoints", self.keep),
         ];
         for (key, number) in numbers {
             if let Some(number) = number {
                 layer.insert(key, number.into(), &number.to_string())?;
             }
         }
-        if self.exact {
-            layer.insert("exact", true.into(), "true")?;
+        for (key, flag) in [("exact", self.exact), ("balance", self.balance)] {
+            if flag {
+                layer.insert(key, true.into(), "true")?;
+            }
         }
         Ok(layer)
     }

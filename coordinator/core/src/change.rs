@@ -58,8 +58,9 @@ impl Cluster {
             };
         }
         if stay < before || sessions.len() > stay {
-            self.begin_change(&name, &sessions);
+            return self.begin_change(&name, &sessions);
         }
+        self.balance(&name);
     }
 
     /// Workers that can be given work: four heartbeats without one are too many.
@@ -74,7 +75,7 @@ impl Cluster {
         worker.zip(run).is_some_and(|(worker, run)| !run.unfit.contains_key(&worker.hello.process_id))
     }
 
-    fn begin_change(&mut self, name: &str, sessions: &[SessionId]) {
+    pub(crate) fn begin_change(&mut self, name: &str, sessions: &[SessionId]) {
         let Some(generation) = self.next_generation(name) else { return };
         let assigned: Vec<_> = sessions
             .iter()
@@ -129,7 +130,7 @@ impl Cluster {
         let Some(change) = &run.change else { return };
         let suspect = match failure.kind {
             FailureKind::PeerLost { suspect } => suspect.and_then(|rank| change.members.get(rank as usize)),
-            FailureKind::Local | FailureKind::Run => None,
+            FailureKind::Local | FailureKind::Run | FailureKind::NotFinite => None,
         };
         // Of two workers that cannot reach each other, the one that trains already is believed.
         let trains =

@@ -1,5 +1,7 @@
 //! [`CheckpointManifest`]: the document whose presence makes a checkpoint exist.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
@@ -40,14 +42,52 @@ pub struct CheckpointManifest {
     pub parts: Vec<CheckpointPart>,
 }
 
+impl CheckpointManifest {
+    /// The part with this name, one of [`CHECKPOINT_PARTS`].
+    #[must_use]
+    pub fn part(&self, name: &str) -> Option<&CheckpointPart> {
+        self.parts.iter().find(|part| part.name() == name)
+    }
+
+    /// Whether both describe the same bytes, wherever they lie.
+    #[must_use]
+    pub fn is_equal_to(&self, other: &Self) -> bool {
+        let same = |part: &CheckpointPart| {
+            other
+                .part(part.name())
+                .is_some_and(|theirs| (theirs.size_bytes, &theirs.sha256) == (part.size_bytes, &part.sha256))
+        };
+        self.weights_sha256 == other.weights_sha256
+            && self.parts.len() == other.parts.len()
+            && self.parts.iter().all(same)
+    }
+}
+
+/// Which checkpoints of a run stay when a newer one is committed. That one always does.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Retention {
+    /// The newest so many; `None` = all.
+    pub keep: Option<u32>,
+    /// These besides: other runs start from them.
+    pub pinned: BTreeSet<Step>,
+}
+
 /// One object of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointPart {
-    /// Object name inside the checkpoint's folder.
+    /// Object name inside the checkpoint's folder: [`crate::layout::part_file`] of one of [`CHECKPOINT_PARTS`].
     pub file: String,
     /// Size of the object.
     pub size_bytes: u64,
     /// SHA-256 of the object, lower-case hex.
     pub sha256: String,
+}
+
+impl CheckpointPart {
+    /// Its name without the folder of the generation that wrote it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.file.rsplit('/').next().unwrap_or_default()
+    }
 }

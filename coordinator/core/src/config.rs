@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::DatasetManifest;
-use crate::slots::{SlotMap, SlotRange, split_evenly};
+use crate::slots::{SlotMap, SlotRange, split_by_cost, split_evenly};
 
 /// What is trained: a model, its losses, its optimizer and its defaults under one name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -66,6 +66,19 @@ pub enum BatchNorm {
     Local,
 }
 
+/// What happens when a loss or gradient is not finite. The update that it is in is never applied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnNan {
+    /// The run fails, and says where.
+    #[default]
+    Stop,
+    /// Training goes on with the next update. Ten steps in a row without one fail the run.
+    Skip,
+    /// The run goes back to its newest checkpoint and makes no update in that step when it comes to it again.
+    Rollback,
+}
+
 /// A run, to the number. Construct by deserialising: defaults fill what is left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -86,6 +99,9 @@ pub struct RunConfig {
     /// Workers to wait for; none = all that are idle when the run's turn comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workers: Option<u32>,
+    /// Shares of the batch follow the workers' speeds, instead of being even.
+    #[serde(default)]
+    pub balance: bool,
     /// Decides weights, noise and data order.
     #[serde(default)]
     pub seed: u64,
@@ -95,6 +111,12 @@ pub struct RunConfig {
     /// Steps between two checkpoints; stop and end always have one.
     #[serde(default = "defaults::checkpoint_every")]
     pub checkpoint_every: u64,
+    /// Checkpoints that stay: the newest so many; none = all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_checkpoints: Option<u32>,
+    /// What happens when a loss or gradient is not finite.
+    #[serde(default)]
+    pub on_nan: OnNan,
     /// Whose statistics normalise a batch.
     #[serde(default)]
     pub batch_norm: BatchNorm,
@@ -243,9 +265,12 @@ impl RunConfig {
             epochs: defaults::epochs(),
             global_batch: defaults::global_batch(),
             workers: None,
+            balance: false,
             seed: 0,
             sample_every: defaults::sample_every(),
             checkpoint_every: defaults::checkpoint_every(),
+            keep_checkpoints: None,
+            on_nan: OnNan::default(),
             batch_norm: BatchNorm::default(),
             exact: false,
             lanes: defaults::lanes(),
@@ -301,6 +326,7 @@ impl RunConfig {
         self.validate_exact()?;
         rule(self.sample_every > 0, "sample_every", self.sample_every.to_string(), "at least 1")?;
         rule(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every.to_string(), "at least 1")?;
+        rule(self.keep_checkpoints != Some(0), "keep_checkpoints", "0".to_owned(), "at least 1")?;
         rule(
             self.learning_rate > 0.0 && self.learning_rate.is_finite(),
             "learning_rate",
@@ -385,20 +411,34 @@ impl RunConfig {
         if !self.exact {
             return split_evenly(self.global_batch, world);
         }
+        self.slots_of_lanes(split_evenly(self.lanes, world))
+    }
+
+    /// Each worker's slots, by rank, given what one slot costs each: see [`split_by_cost`]. In exact mode a share is
+    /// made of whole lanes.
+    ///
+    /// # Panics
+    /// If there are no costs.
+    #[must_use]
+    pub fn shares_by_cost(&self, costs: &[f64]) -> Vec<SlotRange> {
+        if self.exact {
+            self.slots_of_lanes(split_by_cost(self.lanes, costs))
+        } else {
+            split_by_cost(self.global_batch, costs)
+        }
+    }
+
+    fn slots_of_lanes(&self, shares: Vec<SlotRange>) -> Vec<SlotRange> {
         let per_lane = self.slots_per_lane();
         let scaled =
             |lanes: SlotRange| SlotRange { first: lanes.first * per_lane, count: lanes.count * per_lane };
-        split_evenly(self.lanes, world).into_iter().map(scaled).collect()
+        shares.into_iter().map(scaled).collect()
     }
 
-    /// How many lanes each worker computes, by rank: those of [`RunConfig::shares`] in exact mode, else one.
-    ///
-    /// # Panics
-    /// If `world` is 0.
+    /// How many lanes a worker computes that has `slots` slots: those of its share in exact mode, else one.
     #[must_use]
-    pub fn lanes_by_rank(&self, world: u32) -> Vec<u32> {
-        let lanes = |share: SlotRange| if self.exact { share.count / self.slots_per_lane() } else { 1 };
-        self.shares(world).into_iter().map(lanes).collect()
+    pub fn lanes_of(&self, slots: u32) -> u32 {
+        if self.exact { slots / self.slots_per_lane() } else { 1 }
     }
 
     /// Slots of one lane in exact mode.
@@ -439,11 +479,13 @@ mod tests {
     #[test]
     fn exact_mode_deals_whole_lanes() {
         let mut config = RunConfig::new(Recipe::DcganTiny, "file:///d");
-        assert_eq!(config.lanes_by_rank(3), [1, 1, 1]);
+        assert_eq!(config.lanes_of(22), 1);
         config.exact = true;
-        assert_eq!(config.lanes_by_rank(3), [3, 3, 2]);
-        let counts: Vec<u32> = config.shares(3).iter().map(|share| share.count).collect();
-        assert_eq!(counts, [24, 24, 16]);
+        let counts =
+            |shares: Vec<SlotRange>| -> Vec<u32> { shares.iter().map(|share| share.count).collect() };
+        assert_eq!(counts(config.shares(3)), [24, 24, 16]);
+        assert_eq!(config.lanes_of(24), 3);
+        assert_eq!(counts(config.shares_by_cost(&[1.0, 3.0])), [48, 16]);
     }
 
     #[test]

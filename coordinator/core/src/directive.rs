@@ -70,6 +70,8 @@ pub struct Prepare {
     pub when: When,
     /// Steps of the whole run.
     pub target_steps: Step,
+    /// Steps that make no update: 1 for the first.
+    pub passed_over: Vec<Step>,
 }
 
 /// A member, as its peers know it.

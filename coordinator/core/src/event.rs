@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::checkpoint::{CheckpointManifest, CheckpointPart};
+use crate::checkpoint::{CheckpointManifest, CheckpointPart, Retention};
 use crate::config::RunConfig;
 use crate::dataset::DatasetManifest;
 pub use crate::directive::{Directive, Peer, Prepare, StateSource, When};
@@ -137,6 +137,8 @@ pub struct StepReport {
     pub times: StepTimes,
     /// Sum over all slots of the hash of what fed them.
     pub fed: u64,
+    /// Updates that were left out, and why, in words; empty = none.
+    pub left_out: String,
 }
 
 /// Which picture a tile is part of.
@@ -215,7 +217,7 @@ pub struct Upload {
     pub fence: Fence,
     /// Finished steps.
     pub step: Step,
-    /// Size and digest of each.
+    /// Name, size and digest of each.
     pub parts: Vec<CheckpointPart>,
     /// Over generator then discriminator.
     pub weights_sha256: String,
@@ -270,6 +272,8 @@ pub enum FailureKind {
     Local,
     /// Everybody: the run cannot go on.
     Run,
+    /// Everybody: in the step after the last finished one, a number is none.
+    NotFinite,
 }
 
 /// A group's ring stands, and its members have one state.
@@ -439,8 +443,8 @@ pub enum Action {
     RewindMetrics { run: String, step: Step, lineage: Generation },
     /// Make the PNG and store it; report with [`Event::GridSettled`].
     StoreGrid { grid: Grid },
-    /// Check the parts and write the manifest; report with [`Event::CheckpointSettled`].
-    CommitCheckpoint { manifest: Box<CheckpointManifest> },
+    /// Check the parts, write the manifest and remove what is kept no longer; report with [`Event::CheckpointSettled`].
+    CommitCheckpoint { manifest: Box<CheckpointManifest>, retention: Retention },
     /// Write all that is recorded, and the plot; report with [`Event::RunFlushed`].
     FlushRun { fence: Fence },
     /// A message of another generation, or of a worker that is no member, was dropped.

@@ -1,16 +1,20 @@
 //! What members send while they train: heartbeats, steps, tiles, checkpoints; and what became of storing them.
 
-use crate::checkpoint::{CHECKPOINT_FORMAT, CHECKPOINT_PARTS, CheckpointManifest};
+use std::collections::BTreeSet;
+
+use crate::checkpoint::{CHECKPOINT_FORMAT, CHECKPOINT_PARTS, CheckpointManifest, Retention};
 use crate::cluster::Cluster;
 use crate::event::{
     Action, Directive, Fence, Grid, GridKind, MetricsLine, Progress, SessionId, StepReport, Tile, Upload,
 };
 use crate::ids::{Generation, Step};
+use crate::layout::part_of_file;
 use crate::record::CheckpointMark;
 
 impl Cluster {
     pub(crate) fn on_heartbeat(&mut self, session: SessionId, progress: Progress) {
         self.members.heard(self.now, session, progress);
+        self.note_speed(session);
         self.watch_pace(session);
     }
 
@@ -39,6 +43,11 @@ impl Cluster {
             group.reported = now;
             run.means.add(&line, interval_s);
         }
+        if !report.left_out.is_empty() {
+            let message = format!("step {}: {}", report.step, report.left_out);
+            self.record(&name, "left_out", "", message);
+        }
+        let Some(run) = self.runs.get_mut(&name) else { return };
         run.record.step = report.step;
         run.record.pace_s = run.means.pace_s;
         run.last = Some(line.clone());
@@ -124,9 +133,16 @@ impl Cluster {
             .get(session)
             .map_or_else(Default::default, |worker| (worker.name.clone(), worker.introduction()));
         let Some(run) = self.same_past("CheckpointUploaded", session, &upload.fence) else { return };
+        // The group may have changed since the parts were written.
+        let named: BTreeSet<&str> = upload
+            .parts
+            .iter()
+            .filter_map(|given| part_of_file(&given.file))
+            .filter(|&(writer, _)| writer <= upload.fence.generation)
+            .map(|(_, part)| part)
+            .collect();
         let complete =
-            CHECKPOINT_PARTS.iter().all(|&part| upload.parts.iter().any(|given| given.file == part))
-                && upload.parts.len() == CHECKPOINT_PARTS.len();
+            upload.parts.len() == CHECKPOINT_PARTS.len() && named == BTreeSet::from(CHECKPOINT_PARTS);
         if !complete || upload.step > run.record.target_steps {
             let cause = format!("{who} uploaded an impossible checkpoint of step {}", upload.step);
             return self.fail(&upload.fence.run, &cause);
@@ -152,7 +168,17 @@ impl Cluster {
             weights_sha256: upload.weights_sha256,
             parts: upload.parts,
         };
-        self.out.push(Action::CommitCheckpoint { manifest: Box::new(manifest) });
+        let retention = self.retention_of(&manifest.run);
+        self.out.push(Action::CommitCheckpoint { manifest: Box::new(manifest), retention });
+    }
+
+    /// What stays of a run's checkpoints: forks that have none of their own yet start from one.
+    fn retention_of(&self, name: &str) -> Retention {
+        let keep = self.runs.get(name).and_then(|run| run.record.config.keep_checkpoints);
+        let forks = self.runs.values().filter(|run| run.record.checkpoint.is_none());
+        let origins = forks.filter_map(|run| run.record.origin.as_ref());
+        let pinned = origins.filter(|origin| origin.run == name).map(|origin| origin.step).collect();
+        Retention { keep, pinned }
     }
 
     /// A manifest was written, or not. One that was counts even if its group is gone: the checkpoint exists.
@@ -168,6 +194,7 @@ impl Cluster {
         if outcome.is_ok() && run.record.checkpoint.as_ref().is_none_or(|newest| newest.step <= step) {
             run.record.checkpoint = Some(mark);
         }
+        let newest = run.record.checkpoint.as_ref().map(|newest| newest.step);
         let present = run.record.lineage <= fence.generation;
         let Some(group) = run.group.as_ref().filter(|_| present) else {
             if outcome.is_ok() {
@@ -181,8 +208,12 @@ impl Cluster {
         };
         let sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
         if let Err(error) = outcome {
-            return self
-                .fail(&fence.run, &format!("the checkpoint of step {step} could not be stored: {error}"));
+            let message = format!("the checkpoint of step {step} could not be stored: {error}");
+            // It came late: its parts may have been swept away as those of one that nobody needs.
+            if newest.is_some_and(|newest| newest > step) {
+                return self.record(&fence.run, "checkpoint_lost", "", message);
+            }
+            return self.fail(&fence.run, &message);
         }
         for session in sessions {
             if self.members.get(session).is_some() {

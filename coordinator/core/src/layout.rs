@@ -1,6 +1,6 @@
 //! Where objects lie, relative to the store's URL. One place, so that no two programs disagree.
 
-use crate::ids::Step;
+use crate::ids::{Generation, Step};
 
 /// Folder of a run.
 #[must_use]
@@ -48,6 +48,20 @@ pub fn checkpoint_folder(step: Step) -> String {
 #[must_use]
 pub fn checkpoint_object(step: Step, file: &str) -> String {
     format!("{}/{file}", checkpoint_folder(step))
+}
+
+/// Name of a checkpoint's part inside its folder. Each generation writes its own, so that one that is over and does not
+/// know it yet cannot touch what a newer one has written.
+#[must_use]
+pub fn part_file(generation: Generation, part: &str) -> String {
+    format!("g{generation}/{part}")
+}
+
+/// What [`part_file`] was made of; `None` for other names.
+#[must_use]
+pub fn part_of_file(file: &str) -> Option<(Generation, &str)> {
+    let (generation, part) = file.strip_prefix('g')?.split_once('/')?;
+    Some((Generation(generation.parse().ok()?), part))
 }
 
 /// The step in a name that [`sample_file`] or [`checkpoint_folder`] made (last path part, any extension).

@@ -10,6 +10,7 @@
 //!   [`run`], [`record`], [`names`], [`time`]: its parts; [`view`]: what people see of it.
 //! * [`checkpoint`]: what a checkpoint's manifest says; [`layout`]: where objects lie in the store.
 
+mod balance;
 mod change;
 pub mod checkpoint;
 pub mod cluster;

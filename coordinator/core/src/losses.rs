@@ -4,10 +4,16 @@
 //! told by both of its ends. The group goes on as soon as one of these explanations fits.
 
 use crate::cluster::Cluster;
+use crate::config::OnNan;
 use crate::event::{Action, Directive, FailureKind, MemberFailure, Refusal, RequestId, SessionId};
+use crate::ids::Step;
 use crate::membership::Leaving;
+use crate::record::RunStatus;
 use crate::run::{Member, Run, Stage, Suspicion};
 use crate::time::Timestamp;
+
+/// Steps that a run may pass over after returns to a checkpoint; one that needs more does not converge.
+const MAX_PASSED_OVER: usize = 20;
 
 /// Whether a worker that went may come back to its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,6 +186,7 @@ impl Cluster {
         let cause = format!("{who} failed at step {step}{phase}: {}", failure.message);
         match failure.kind {
             FailureKind::Run => self.fail(&fence.run, &cause),
+            FailureKind::NotFinite => self.on_not_finite(&fence.run, failure.step + 1, &cause),
             FailureKind::Local => {
                 run.unfit.insert(member.process_id.clone(), cause.clone());
                 self.out_of_group(session, &fence.run, &cause);
@@ -197,6 +204,17 @@ impl Cluster {
                 self.settle_losses(&fence.run);
             }
         }
+    }
+
+    /// A loss or gradient is not finite: all members see it, and the first one's word is enough.
+    fn on_not_finite(&mut self, name: &str, step: Step, cause: &str) {
+        let Some(run) = self.runs.get_mut(name) else { return };
+        let record = &mut run.record;
+        let rolls_back = record.config.on_nan == OnNan::Rollback
+            && record.status != RunStatus::Stopping
+            && record.passed_over.len() < MAX_PASSED_OVER
+            && record.passed_over.insert(step);
+        if rolls_back { self.roll_back(name, step, cause) } else { self.fail(name, cause) }
     }
 
     /// A member is out of the run for good, though connected: the others go on, if there are any.

@@ -1,5 +1,7 @@
 //! [`RunRecord`]: what outlives the coordinator, as `run.json` in the run's folder.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunConfig;
@@ -111,6 +113,9 @@ pub struct RunRecord {
     /// The generation that went on from the seed or a checkpoint last: older ones are of another past.
     #[serde(default)]
     pub lineage: Generation,
+    /// Steps that make no update, because a number in them was not finite: see [`crate::config::OnNan::Rollback`].
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub passed_over: BTreeSet<Step>,
     /// The checkpoint of another run that it started from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,

@@ -2,7 +2,7 @@
 
 use crate::cluster::Cluster;
 use crate::event::{Action, Directive, Fence, Formed, Prepare, SessionId, StateSource, When};
-use crate::ids::Generation;
+use crate::ids::{Generation, Step};
 use crate::record::RunStatus;
 use crate::run::{Group, Member, Stage};
 
@@ -55,7 +55,7 @@ impl Cluster {
         self.tell_prepare(name, StateSource::Peers, When::Now);
     }
 
-    /// Members with even shares of the slots, which are theirs from now on.
+    /// Members with their shares of the slots, which are theirs from now on: even ones, or by speed.
     pub(crate) fn members_for(
         &mut self,
         name: &str,
@@ -63,7 +63,12 @@ impl Cluster {
         generation: Generation,
     ) -> Vec<Member> {
         let Some(run) = self.runs.get(name) else { return Vec::new() };
-        let shares = run.record.config.shares(sessions.len() as u32);
+        let config = &run.record.config;
+        let shares = if config.balance {
+            config.shares_by_cost(&self.slot_costs(name, sessions))
+        } else {
+            config.shares(sessions.len() as u32)
+        };
         let mut members = Vec::with_capacity(sessions.len());
         for (&session, slots) in sessions.iter().zip(shares) {
             let Some(worker) = self.members.get_mut(session) else { continue };
@@ -84,6 +89,7 @@ impl Cluster {
                 away: None,
                 ended: None,
                 pace: Default::default(),
+                speed: before.map_or_else(Default::default, |member| member.speed.carried_over()),
             });
         }
         members
@@ -125,6 +131,7 @@ impl Cluster {
                 state,
                 when,
                 target_steps: run.record.target_steps,
+                passed_over: run.record.passed_over.iter().copied().collect(),
             };
             Action::Direct { session: member.session, directive: Directive::Prepare(Box::new(prepare)) }
         };
@@ -215,9 +222,32 @@ impl Cluster {
 
     /// No worker is left: the run goes on from its newest checkpoint when one comes.
     pub(crate) fn wait_for_workers(&mut self, name: &str, cause: &str) {
+        let stopping = self.runs.get(name).is_some_and(|run| run.record.status == RunStatus::Stopping);
+        let Some(from) = self.put_back(name, cause) else { return };
+        if stopping {
+            self.queue.retain(|queued| queued != name);
+            let message = format!("{cause}; stopped as asked: 'takuma run resume {name}' goes on {from}");
+            return self.end_untrained(name, &message);
+        }
+        let message = format!("{cause}; the run waits, and goes on {from} when a worker comes");
+        self.record(name, "waiting", "", message);
+        self.save(name, false);
+    }
+
+    /// A number that is none: the run goes back to its newest checkpoint and passes over the step when it comes to it
+    /// again.
+    pub(crate) fn roll_back(&mut self, name: &str, step: Step, cause: &str) {
+        let Some(from) = self.put_back(name, cause) else { return };
+        let message = format!("{cause}; the run goes on {from}, and will make no update in step {step}");
+        self.record(name, "rolled_back", "", message);
+        self.save(name, false);
+    }
+
+    /// Lets go of the members, and puts the run at the head of the queue. Returns from where it goes on.
+    fn put_back(&mut self, name: &str, cause: &str) -> Option<String> {
         self.release_members(name, Some(cause));
         let now = self.now;
-        let Some(run) = self.runs.get_mut(name) else { return };
+        let run = self.runs.get_mut(name)?;
         run.stop_clock(now);
         run.group = None;
         run.reunion = None;
@@ -230,9 +260,7 @@ impl Cluster {
         };
         self.active = None;
         self.queue.push_front(name.to_owned());
-        let message = format!("{cause}; the run waits, and goes on {from} when a worker comes");
-        self.record(name, "waiting", "", message);
-        self.save(name, false);
         self.queue_changed();
+        Some(from)
     }
 }

@@ -63,6 +63,7 @@ impl Cluster {
             generation: Generation(0),
             generations_reserved: Generation(0),
             lineage: Generation(0),
+            passed_over: Default::default(),
             step: submission.origin.as_ref().map_or(0, |origin| origin.mark.step),
             origin: submission.origin.as_ref().map(|given| given.mark.clone()),
             elapsed_ms: 0,
@@ -166,7 +167,7 @@ impl Cluster {
         }
     }
 
-    fn end_untrained(&mut self, name: &str, message: &str) {
+    pub(crate) fn end_untrained(&mut self, name: &str, message: &str) {
         let Some(run) = self.runs.get_mut(name) else { return };
         run.group = None;
         run.reunion = None;

@@ -270,6 +270,7 @@ impl Cluster {
             away: found.is_none().then_some(gone),
             ended: None,
             pace: Default::default(),
+            speed: Default::default(),
         }
     }
 }

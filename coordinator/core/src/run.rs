@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::balance::Speed;
 use crate::event::{
     CellShape, Claim, Fence, GridKind, MemberEnd, MetricsLine, Peer, RequestId, SessionId, StateSource,
     Stored, Tile, Upload,
@@ -395,6 +396,8 @@ pub struct Member {
     pub ended: Option<MemberEnd>,
     /// Whether it keeps up with the others.
     pub(crate) pace: Pace,
+    /// How fast it was seen to be.
+    pub(crate) speed: Speed,
 }
 
 impl Member {

@@ -8,6 +8,9 @@
 //! The ledger checks that this came true, whoever held the slots: each worker sums [`SlotMap::fed_hash`]
 //! over what it fed, and the workers' sums together must equal [`SlotMap::expected_fed`].
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use crate::config::ConfigError;
 use crate::ids::{Slot, Step};
 use crate::noise::{CounterRng, Purpose};
@@ -203,6 +206,56 @@ pub fn split_evenly(total: u32, world: u32) -> Vec<SlotRange> {
         .collect()
 }
 
+/// Cuts `total` slots into contiguous ranges, one for each cost (seconds for one slot), so that the longest of
+/// all `count * cost` is as short as can be. Every range has one slot at least.
+///
+/// # Panics
+/// If there are no costs, or more than slots.
+#[must_use]
+pub fn split_by_cost(total: u32, costs: &[f64]) -> Vec<SlotRange> {
+    assert!(!costs.is_empty() && costs.len() <= total as usize, "slots for {} workers", costs.len());
+    let mut counts = vec![1u32; costs.len()];
+    // Every further slot goes to whom it costs least in the end; of equal ones to the first.
+    let after = |rank: usize, count: u32| Reverse((OrderedCost(costs[rank] * f64::from(count + 1)), rank));
+    let mut next: BinaryHeap<_> = (0..costs.len()).map(|rank| after(rank, 1)).collect();
+    for _ in costs.len() as u32..total {
+        let Some(Reverse((_, rank))) = next.pop() else { break };
+        counts[rank] += 1;
+        next.push(after(rank, counts[rank]));
+    }
+    let mut first = 0;
+    let range = |count: u32| {
+        let range = SlotRange { first, count };
+        first += count;
+        range
+    };
+    counts.into_iter().map(range).collect()
+}
+
+/// A cost in an order: the costs of workers are numbers, and NaN would come last.
+#[derive(Debug, Clone, Copy)]
+struct OrderedCost(f64);
+
+impl PartialEq for OrderedCost {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for OrderedCost {}
+
+impl PartialOrd for OrderedCost {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for OrderedCost {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -219,6 +272,17 @@ mod tests {
     fn celeba_has_3165_steps_an_epoch() {
         let map = SlotMap::new(64, 0, &round_robin(202_599, 64)).unwrap();
         assert_eq!(map.steps_per_epoch(), 3165);
+    }
+
+    #[test]
+    fn shares_by_cost_are_even_for_equals_and_end_together_for_others() {
+        let counts = |total, costs: &[f64]| -> Vec<u32> {
+            split_by_cost(total, costs).iter().map(|range| range.count).collect()
+        };
+        assert_eq!(split_by_cost(64, &[1.0; 3]), split_evenly(64, 3));
+        assert_eq!(counts(64, &[1.0, 3.0]), [48, 16]);
+        assert_eq!(counts(8, &[1.0, 1000.0, f64::NAN]), [6, 1, 1]);
+        assert_eq!(counts(2, &[5.0, 1.0]), [1, 1]);
     }
 
     #[test]

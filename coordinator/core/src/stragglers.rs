@@ -41,10 +41,13 @@ impl Cluster {
             return;
         };
         let Some(rank) = group.rank_of(session) else { return };
+        let balanced = run.record.config.balance;
         let times = |rank: usize| {
             let worker = self.members.get(group.members[rank].session)?;
             let progress = worker.progress.as_ref()?;
-            Some((progress.times, f64::from(group.members[rank].slots.count.max(1))))
+            // Shares by speed are to take equally long; even ones say how long a slot takes.
+            let slots = if balanced { 1 } else { group.members[rank].slots.count.max(1) };
+            Some((progress.times, f64::from(slots)))
         };
         let own = |(times, slots): (StepTimes, f64)| (times.compute_s + times.data_s) / slots;
         let mut others: Vec<f64> =

@@ -10,6 +10,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use support::*;
+use takuma_core::config::OnNan;
 use takuma_core::event::*;
 use takuma_core::ids::Generation;
 use takuma_core::record::RunRecord;
@@ -147,8 +148,13 @@ fn request(words: &[&str]) -> Event {
     let request = RequestId(1);
     match words[0] {
         "submit" => {
-            let workers = words.get(3).map(|word| number(word) as u32);
-            Event::RunSubmitted { request, submission: submission(words[1], number(words[2]), workers) }
+            let workers = words.get(3).filter(|word| **word != "-").map(|word| number(word) as u32);
+            let mut submission = submission(words[1], number(words[2]), workers);
+            submission.config.balance = words.get(4) == Some(&"balance");
+            if words.get(4) == Some(&"rollback") {
+                submission.config.on_nan = OnNan::Rollback;
+            }
+            Event::RunSubmitted { request, submission }
         }
         "fork" => {
             let mut submission = submission(words[1], number(words[2]), None);
@@ -192,6 +198,10 @@ fn member_event(words: &[&str]) -> Event {
         "halted" => Event::MemberEnded { session, end: member_end(fenced(), Outcome::Stopped, step()) },
         "fails" => failed(FailureKind::Local),
         "breaks" => failed(FailureKind::Run),
+        "explodes" => {
+            let failure = failure(fenced(), FailureKind::NotFinite);
+            Event::MemberFailed { session, failure: MemberFailure { step: step(), ..failure } }
+        }
         "loses-peer" => failed(FailureKind::PeerLost { suspect: Some(step() as u32) }),
         other => panic!("'{other}' is no event"),
     }

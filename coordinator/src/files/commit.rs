@@ -6,14 +6,17 @@ use takuma_store::{Created, Store};
 
 use super::persist::{Patience, persist};
 
+/// Writers of one manifest are never more than two: the present coordinator and one that is over.
+const ATTEMPTS: u32 = 5;
+
 /// Commits a checkpoint whose parts lie in the store.
 ///
 /// The manifest is created by a conditional write, so of two writers one wins. If there is one already:
-/// * of the same weights and parts: the commit has happened. (Our own write may have landed although it was
-///   answered by an error, or the run came to this step a second time with an equal result.)
+/// * of equal parts: the commit has happened. (Our own write may have landed although it was answered by an
+///   error, or the run came to this step a second time with an equal result.)
 /// * of a newer generation: we are the stale writer, and are refused.
-/// * of this or an older generation: the run came to this step again, from an earlier checkpoint, and the
-///   upload has replaced the parts. The old manifest no longer describes what lies there, so it is replaced.
+/// * of this or an older generation: the run came to this step again, from an earlier checkpoint. The manifest is
+///   replaced, if it is still the one that was read; the parts of both lie side by side.
 ///
 /// # Errors
 /// In words: a part that is missing or has another size, a newer generation's manifest, the store's error.
@@ -36,21 +39,33 @@ pub async fn commit(run: &Store, patience: &Patience, manifest: &CheckpointManif
     if persist(patience, || store.create(layout::MANIFEST_FILE, json.clone())).await? == Created::New {
         return Ok(());
     }
-    let present = persist(patience, || store.get(layout::MANIFEST_FILE)).await?;
-    match serde_json::from_slice::<CheckpointManifest>(&present) {
-        Ok(present)
-            if present.weights_sha256 == manifest.weights_sha256 && present.parts == manifest.parts =>
-        {
-            Ok(())
+    for _ in 0..ATTEMPTS {
+        let Some((present, version)) =
+            persist(patience, || store.get_versioned(layout::MANIFEST_FILE)).await?
+        else {
+            if persist(patience, || store.create(layout::MANIFEST_FILE, json.clone())).await? == Created::New
+            {
+                return Ok(());
+            }
+            continue;
+        };
+        match serde_json::from_slice::<CheckpointManifest>(&present) {
+            Ok(present) if present.is_equal_to(manifest) => return Ok(()),
+            Ok(present) if present.generation > manifest.generation => {
+                return Err(format!(
+                    "{}/{} was written by the newer generation {}",
+                    store.url(),
+                    layout::MANIFEST_FILE,
+                    present.generation
+                ));
+            }
+            _ => {}
         }
-        Ok(present) if present.generation > manifest.generation => Err(format!(
-            "{}/{} was written by the newer generation {}",
-            store.url(),
-            layout::MANIFEST_FILE,
-            present.generation
-        )),
-        _ => persist(patience, || store.put(layout::MANIFEST_FILE, json.clone())).await,
+        if persist(patience, || store.replace(layout::MANIFEST_FILE, json.clone(), &version)).await? {
+            return Ok(());
+        }
     }
+    Err(format!("{}/{} is being changed by somebody else", store.url(), layout::MANIFEST_FILE))
 }
 
 #[cfg(test)]
@@ -113,6 +128,13 @@ mod tests {
         let store = with_parts().await;
         commit(&store, &patience(), &manifest(2, "w")).await.unwrap();
         commit(&store, &patience(), &manifest(1, "w")).await.unwrap();
+        let moved = |part: CheckpointPart| CheckpointPart { file: format!("g3/{}", part.file), ..part };
+        let mut elsewhere = manifest(3, "w");
+        elsewhere.parts = elsewhere.parts.into_iter().map(moved).collect();
+        for part in CHECKPOINT_PARTS {
+            store.put(&format!("checkpoints/step-000005/g3/{part}"), "abc").await.unwrap();
+        }
+        commit(&store, &patience(), &elsewhere).await.unwrap();
         assert_eq!(committed_weights(&store).await, "w");
     }
 

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use takuma_core::checkpoint::CHECKPOINT_PARTS;
+use takuma_core::ids::Generation;
+use takuma_core::layout::{checkpoint_folder, part_file};
 use takuma_proto::v1;
 use takuma_proto::v1::cluster_client::ClusterClient;
 use takuma_proto::v1::worker_directive::Directive;
@@ -192,6 +194,7 @@ impl Worker {
             data_s: 0.04,
             exchange_s: 0.06,
             fed: step * 1_000,
+            left_out: String::new(),
         }))
         .await;
     }
@@ -222,12 +225,13 @@ impl Worker {
     }
 
     pub async fn upload(&self, prepare: &v1::Prepare, step: u64) {
-        let store = Store::open(&prepare.run_url).unwrap().at(&takuma_core::layout::checkpoint_folder(step));
+        let store = Store::open(&prepare.run_url).unwrap().at(&checkpoint_folder(step));
         let mut parts = Vec::new();
         for part in CHECKPOINT_PARTS {
-            store.put(part, format!("weights {step}")).await.unwrap();
+            let name = part_file(Generation(prepare.generation), part);
+            store.put(&name, format!("weights {step}")).await.unwrap();
             let size_bytes = format!("weights {step}").len() as u64;
-            parts.push(v1::ObjectPart { name: part.into(), size_bytes, sha256: format!("{step:064}") });
+            parts.push(v1::ObjectPart { name, size_bytes, sha256: format!("{step:064}") });
         }
         let (run, generation) = (prepare.run.clone(), prepare.generation);
         let weights_sha256 = format!("{step:064}");

@@ -77,10 +77,10 @@ async fn read(
     part: &'static str,
 ) -> Result<Bytes, CheckpointError> {
     let url = folder.url().to_owned();
-    let Some(entry) = manifest.parts.iter().find(|entry| entry.file == part) else {
+    let Some(entry) = manifest.part(part) else {
         return Err(CheckpointError::Manifest { url, reason: format!("it lists no {part}") });
     };
-    let bytes = folder.get(part).await?;
+    let bytes = folder.get(&entry.file).await?;
     if bytes.len() as u64 != entry.size_bytes {
         return Err(CheckpointError::Damaged { url, part, what: "size" });
     }

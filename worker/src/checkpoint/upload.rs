@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use takuma_core::checkpoint::CHECKPOINT_PARTS;
-use takuma_core::layout::checkpoint_folder;
+use takuma_core::ids::Generation;
+use takuma_core::layout::{checkpoint_folder, part_file};
 use takuma_proto::v1::ObjectPart;
 use takuma_store::{Store, StoreError};
 use tokio::sync::{mpsc, oneshot};
@@ -31,17 +32,17 @@ type Outcome = Result<Finished, String>;
 /// The trainer's end of the upload task. At most one snapshot waits while one is written, so memory
 /// holds three copies of the state at most: the live one and two snapshots.
 pub struct Uploader {
-    jobs: mpsc::Sender<(Snapshot, oneshot::Sender<Outcome>)>,
+    jobs: mpsc::Sender<(Snapshot, Generation, oneshot::Sender<Outcome>)>,
 }
 
 impl Uploader {
     /// Starts the upload task of a run. `announce` is called for each checkpoint that lies in the
     /// store, in order. The task ends when the uploader is dropped and its jobs are done.
     pub fn start(run: Store, announce: impl Fn(Finished) + Send + 'static) -> Self {
-        let (jobs, mut inbox) = mpsc::channel::<(Snapshot, oneshot::Sender<Outcome>)>(1);
+        let (jobs, mut inbox) = mpsc::channel::<(Snapshot, Generation, oneshot::Sender<Outcome>)>(1);
         tokio::spawn(async move {
-            while let Some((snapshot, reply)) = inbox.recv().await {
-                let outcome = write(&run, snapshot).await;
+            while let Some((snapshot, writer, reply)) = inbox.recv().await {
+                let outcome = write(&run, snapshot, writer).await;
                 match &outcome {
                     Ok(finished) => announce(finished.clone()),
                     Err(error) => tracing::warn!("{error}"),
@@ -53,25 +54,25 @@ impl Uploader {
         Self { jobs }
     }
 
-    /// Hands a snapshot over without waiting; `false` if two are still under way.
-    pub fn offer(&self, snapshot: Snapshot) -> bool {
+    /// Hands over a snapshot of the group of generation `writer` without waiting; `false` if two are still under way.
+    pub fn offer(&self, snapshot: Snapshot, writer: Generation) -> bool {
         let (reply, _) = oneshot::channel();
-        self.jobs.try_send((snapshot, reply)).is_ok()
+        self.jobs.try_send((snapshot, writer, reply)).is_ok()
     }
 
-    /// Writes a snapshot and waits until it lies in the store. Not for async code.
+    /// Writes a snapshot of the group of generation `writer` and waits until it lies in the store. Not for async code.
     ///
     /// # Errors
     /// In words: the store's answer after every attempt.
-    pub fn write_through(&self, snapshot: Snapshot) -> Result<Finished, String> {
+    pub fn write_through(&self, snapshot: Snapshot, writer: Generation) -> Result<Finished, String> {
         let (reply, outcome) = oneshot::channel();
         let gone = "the upload task is gone";
-        self.jobs.blocking_send((snapshot, reply)).map_err(|_| gone.to_owned())?;
+        self.jobs.blocking_send((snapshot, writer, reply)).map_err(|_| gone.to_owned())?;
         outcome.blocking_recv().map_err(|_| gone.to_owned())?
     }
 }
 
-async fn write(run: &Store, snapshot: Snapshot) -> Result<Finished, String> {
+async fn write(run: &Store, snapshot: Snapshot, writer: Generation) -> Result<Finished, String> {
     let step = snapshot.step;
     let told = |reason: String| format!("the checkpoint of step {step} was not written: {reason}");
     let prepared = tokio::task::spawn_blocking(move || {
@@ -81,7 +82,7 @@ async fn write(run: &Store, snapshot: Snapshot) -> Result<Finished, String> {
             .iter()
             .zip(CHECKPOINT_PARTS)
             .map(|(file, name)| ObjectPart {
-                name: name.to_owned(),
+                name: part_file(writer, name),
                 size_bytes: file.len() as u64,
                 sha256: hex_sha256(&[file]),
             })
@@ -90,8 +91,8 @@ async fn write(run: &Store, snapshot: Snapshot) -> Result<Finished, String> {
     });
     let (files, finished) = prepared.await.map_err(|error| told(error.to_string()))?.map_err(told)?;
     let folder = run.at(&checkpoint_folder(step));
-    for (file, name) in files.into_iter().zip(CHECKPOINT_PARTS) {
-        put(&folder, name, file).await.map_err(|error| told(error.to_string()))?;
+    for (file, part) in files.into_iter().zip(&finished.parts) {
+        put(&folder, &part.name, file).await.map_err(|error| told(error.to_string()))?;
     }
     Ok(finished)
 }

@@ -1,5 +1,6 @@
 //! What a worker needs before it can take part in a run: configuration, dataset, checkpoint.
 
+use std::collections::BTreeSet;
 use std::net::ToSocketAddrs;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,9 +49,8 @@ impl MemberError {
         match self {
             Self::Job(JobError::Exchange(error)) => blame_of(error),
             Self::Neighbour { rank, .. } => (run_failed::Kind::PeerLost, *rank as i32),
-            Self::Job(JobError::NotFinite { .. }) | Self::Config(_) | Self::OtherData { .. } => {
-                (run_failed::Kind::Run, -1)
-            }
+            Self::Job(JobError::NotFinite { .. }) => (run_failed::Kind::NotFinite, -1),
+            Self::Config(_) | Self::OtherData { .. } => (run_failed::Kind::Run, -1),
             _ => (run_failed::Kind::Local, -1),
         }
     }
@@ -68,6 +68,7 @@ pub(super) fn blame_of(error: &CollectiveError) -> (run_failed::Kind, i32) {
 pub(super) struct Ready {
     pub config: RunConfig,
     pub target_steps: u64,
+    pub passed_over: BTreeSet<u64>,
     pub feed: Feed,
     pub pool: Arc<ShardPool>,
     pub checkpoint: Option<Loaded>,
@@ -91,7 +92,7 @@ pub(super) fn seat_of(prepare: &Prepare, config: &RunConfig) -> Result<Seat, Mem
     let mut ring = RingConfig::new(&prepare.run_id, Rank(prepare.rank), generation, members);
     ring.channels = config.ring_channels as usize;
     ring.timeout = Duration::from_millis(config.exchange_timeout_ms);
-    ring.lanes_by_rank = config.lanes_by_rank(prepare.members.len() as u32);
+    ring.lanes_by_rank = prepare.members.iter().map(|member| config.lanes_of(member.slot_count)).collect();
     Ok(Seat { ring, slots: SlotRange { first: me.first_slot, count: me.slot_count } })
 }
 
@@ -133,6 +134,7 @@ pub(super) async fn load(
     let uploader = Uploader::start(run_store, move |finished| spool.upload(finished));
     Ok(Ready {
         target_steps: prepare.target_steps,
+        passed_over: prepare.passed_over.iter().copied().collect(),
         joins: prepare.state() == prepare::State::Peers,
         config,
         feed,

@@ -234,6 +234,7 @@ impl Member {
         let parts = Parts {
             config: ready.config,
             target_steps: ready.target_steps,
+            passed_over: ready.passed_over,
             feed: ready.feed,
             checkpoint: ready.checkpoint,
             joins: ready.joins,

@@ -35,8 +35,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// In a run, because a restarted coordinator waits for its workers.
 const LONGEST_PAUSE_IN_A_RUN: Duration = Duration::from_secs(2);
-/// After SIGTERM: a group gets so long to change over without this worker.
+/// After SIGTERM: a group gets so long to change over without this worker, or so many of its steps, if that is longer.
 const LEAVE_GRACE: Duration = Duration::from_secs(12);
+const STEPS_TO_LEAVE: f32 = 3.0;
 /// Tiles and logs are small; a directive carries a configuration and a member list.
 const LARGEST_MESSAGE_BYTES: usize = 16 << 20;
 
@@ -268,7 +269,7 @@ impl Session {
                 () = grace_over(leave_by), if self.leaving => Wake::GraceOver,
             };
             if matches!(wake, Wake::Shutdown) {
-                leave_by = Some(Instant::now() + LEAVE_GRACE);
+                leave_by = Some(Instant::now() + leave_grace(worker.member.as_ref()));
             }
             match self.take(wake, worker).await {
                 Ok(Then::GoOn) => {}
@@ -362,6 +363,12 @@ async fn results(spool: Option<Spool>) {
         Some(spool) => spool.changed().await,
         None => std::future::pending().await,
     }
+}
+
+fn leave_grace(member: Option<&Member>) -> Duration {
+    let step_s =
+        member.map(Member::heartbeat).map_or(0.0, |beat| beat.compute_s + beat.data_s + beat.exchange_s);
+    LEAVE_GRACE.max(Duration::try_from_secs_f32(step_s * STEPS_TO_LEAVE).unwrap_or(LEAVE_GRACE))
 }
 
 async fn grace_over(at: Option<Instant>) {

@@ -114,7 +114,7 @@ impl Dcgan {
     /// without the pass of G that D's phase leaves behind, G1 makes it again, with the same result.
     ///
     /// # Errors
-    /// Nothing of the phase is then applied. The same phase may be run again, in another group and with
+    /// Nothing of the phase is then applied; of its votes only those of [`PhaseError::NotFinite`] are summed. The same phase may be run again, in another group and with
     /// another share too, and gives what it would have given.
     ///
     /// # Panics
@@ -131,18 +131,16 @@ impl Dcgan {
         if result.is_err() || phase != Phase::D {
             self.lanes.forget();
         }
-        let sums = result?;
-        votes.copy_from_slice(&sums[2..]);
-        Ok(PhaseSums { loss: sums[0], right: sums[1] })
+        result
     }
 
-    /// The phase's numbers, summed over all workers: loss, logits on the right side, votes.
-    fn try_phase(&mut self, batch: &Batch, phase: Phase, votes: &[f64]) -> Result<Vec<f64>, PhaseError> {
+    fn try_phase(&mut self, batch: &Batch, phase: Phase, votes: &mut [f64]) -> Result<PhaseSums, PhaseError> {
         let count = self.lanes.prepare(batch, &self.state, [&self.update_g, &self.update_d])?;
         self.updater(phase).begin(count);
         let shares = self.lanes.run(phase, batch)?;
         // While the last gradients are under way.
         let sums = self.lanes.sum(&shares, votes)?;
+        votes.copy_from_slice(&sums[2..]);
         let (state, first) = (&self.state, self.lanes.first());
         match phase {
             Phase::D => {
@@ -156,7 +154,7 @@ impl Dcgan {
         let (g_norms, d_norms) = self.lanes.norms();
         g_norms.commit(self.state.generator.norms_mut());
         d_norms.commit(self.state.discriminator.norms_mut());
-        Ok(sums)
+        Ok(PhaseSums { loss: sums[0], right: sums[1] })
     }
 
     /// The updater of the network that `phase` updates.

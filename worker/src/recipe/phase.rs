@@ -68,6 +68,11 @@ pub struct PhaseSums {
     pub right: f64,
 }
 
+impl PhaseSums {
+    /// Of a phase that made no update: no numbers.
+    pub const NONE: Self = Self { loss: f64::NAN, right: f64::NAN };
+}
+
 /// Why a phase was not applied. Nothing of it is: weights, moments and statistics are as before, and
 /// the phase can be run again.
 #[derive(Debug, thiserror::Error)]
@@ -80,12 +85,12 @@ pub enum PhaseError {
     #[error(transparent)]
     Torch(#[from] TorchError),
     /// The training has left the numbers. All workers find out in the same phase; running it again
-    /// gives the same.
+    /// gives the same. The votes that travelled with it are counted.
     #[error("{what} became infinite or not a number in phase {phase}, so the update was not applied")]
     NotFinite {
         /// Where it happened.
         phase: Phase,
-        /// "the loss", or the first such parameter: "the gradient of conv2.weight".
+        /// "the gradient of conv2.weight", the first such parameter, with or without "the loss and".
         what: String,
     },
 }

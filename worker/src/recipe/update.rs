@@ -83,16 +83,15 @@ fn check_finite(
     network: &dyn Network,
     gradients: &[&Tensor],
 ) -> Result<(), PhaseError> {
-    if !loss.is_finite() {
-        return Err(PhaseError::NotFinite { phase, what: "the loss".to_owned() });
-    }
-    match torch::first_not_finite(gradients)? {
-        None => Ok(()),
-        Some(index) => {
-            let what = format!("the gradient of {}", network.parameters()[index].name);
-            Err(PhaseError::NotFinite { phase, what })
-        }
-    }
+    let gradient = torch::first_not_finite(gradients)?
+        .map(|index| format!("the gradient of {}", network.parameters()[index].name));
+    let what = match (loss.is_finite(), gradient) {
+        (true, None) => return Ok(()),
+        (true, Some(gradient)) => gradient,
+        (false, None) => "the loss".to_owned(),
+        (false, Some(gradient)) => format!("the loss and {gradient}"),
+    };
+    Err(PhaseError::NotFinite { phase, what })
 }
 
 #[cfg(test)]

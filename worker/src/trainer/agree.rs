@@ -60,8 +60,8 @@ struct Head {
     step: u64,
     /// By applied phase: loss, logits on the right side.
     sums: Vec<[u64; 2]>,
-    /// Steps whose metrics are not stored yet, for the next rank 0: step, epoch, numbers, fed.
-    reports: Vec<(u64, u64, [u64; 7], u64)>,
+    /// Steps whose metrics are not stored yet, for the next rank 0: step, epoch, numbers, fed, left out.
+    reports: Vec<(u64, u64, [u64; 7], u64, String)>,
     /// Bytes of each part.
     parts: [u64; 3],
 }
@@ -131,7 +131,7 @@ fn pack(net: &Dcgan, own: &Progressed, reports: Vec<StepReport>) -> Result<Vec<u
     let line = |report: StepReport| {
         let StepReport { d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s, .. } = report;
         let numbers = [d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s].map(f64::to_bits);
-        (report.step, report.epoch, numbers, report.fed)
+        (report.step, report.epoch, numbers, report.fed, report.left_out)
     };
     let head = Head {
         step: own.step,
@@ -156,11 +156,11 @@ fn unpack(net: &mut Dcgan, bytes: &[u8]) -> Result<(Progressed, Vec<StepReport>)
         (*part, rest) = rest.split_at_checked(length as usize).ok_or_else(torn)?;
     }
     restore_into(net, &parts)?;
-    let report = |(step, epoch, numbers, fed): (u64, u64, [u64; 7], u64)| {
+    let report = |(step, epoch, numbers, fed, left_out): (u64, u64, [u64; 7], u64, String)| {
         let [d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s] = numbers.map(f64::from_bits);
         let numbers =
             StepReport { d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s, ..Default::default() };
-        StepReport { step, epoch, fed, ..numbers }
+        StepReport { step, epoch, fed, left_out, ..numbers }
     };
     let sums =
         |&[loss, right]: &[u64; 2]| PhaseSums { loss: f64::from_bits(loss), right: f64::from_bits(right) };

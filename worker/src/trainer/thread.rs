@@ -4,18 +4,19 @@
 //! changes or a link breaks, and parks again with its state. What it finds out goes into the [`Spool`]; what it
 //! is told comes through [`Command`]s.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use takuma_core::config::RunConfig;
-use takuma_core::ids::Rank;
+use takuma_core::config::{OnNan, RunConfig};
+use takuma_core::ids::{Generation, Rank};
 use takuma_proto::v1::{StepReport, run_ended};
 use tch::Kind;
 
 use super::agree::{AgreeError, Agreement, Progressed, agree};
 use super::exchange::Exchange;
-use super::fault::Fault;
+use super::fault::Faults;
 use super::feed::Feed;
 use super::messages::{Command, JobError, Note, Seat};
 use super::progress::Progress;
@@ -24,7 +25,7 @@ use super::spool::Spool;
 use super::stopper::Stopper;
 use crate::checkpoint::{Loaded, Snapshot, Uploader, restore_into};
 use crate::collective::{CollectiveError, Loopback, Ring, RingListener};
-use crate::recipe::{Dcgan, DcganState, Phase, PhaseError};
+use crate::recipe::{Batch, Dcgan, DcganState, Phase, PhaseError, PhaseSums};
 
 /// Silence of a neighbour's data is borne for so many times the usual step, within these limits: a
 /// neighbour that is behind computes, one that is stuck does not come back.
@@ -32,6 +33,8 @@ const STEPS_OF_SILENCE: f64 = 20.0;
 const SHORTEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Steps after which the usual step is known.
 const STEPS_TO_KNOW: u64 = 5;
+/// Ten steps without any update: the weights themselves have left the numbers, and nothing more will come.
+const MAX_SKIPPED_IN_A_ROW: u32 = 30;
 
 /// What a trainer is made of.
 pub struct Parts {
@@ -39,6 +42,8 @@ pub struct Parts {
     pub config: RunConfig,
     /// Finished steps when the run is done.
     pub target_steps: u64,
+    /// Steps that make no update: 1 for the first.
+    pub passed_over: BTreeSet<u64>,
     /// Images and noise.
     pub feed: Feed,
     /// State to begin with; none = drawn from the seed, or a peer's.
@@ -78,8 +83,10 @@ pub struct Trainer {
     was_rank_0: bool,
     step_s: f64,
     steps_here: u64,
+    /// Phases without an update, up to now.
+    skipped_in_a_row: u32,
     /// Ordered by a test.
-    fault: Option<Fault>,
+    faults: Faults,
 }
 
 /// How training in one group ended, if it did not fail.
@@ -121,7 +128,8 @@ impl Trainer {
             was_rank_0: true,
             step_s: 0.0,
             steps_here: 0,
-            fault: Fault::from_environment(),
+            skipped_in_a_row: 0,
+            faults: Faults::from_environment(),
         })
     }
 
@@ -291,27 +299,65 @@ impl Trainer {
         let mut batch = self.parts.feed.batch(step)?;
         let data_s = begin.elapsed().as_secs_f64();
         let fed = batch.fed as f64;
-        let mut decided = [0.0; 2];
-        let mut fed_total = 0.0;
+        let mut votes = [0.0; 3];
+        let mut left_out = Vec::new();
         while let Some(phase) = Phase::from_index(self.position().1 as u32) {
             self.parts.progress.enter(phase.name());
-            if self.fault.as_mut().is_some_and(|fault| fault.strike(step, phase)) {
+            if self.faults.strike(step, phase) {
                 batch.reals_nchw = batch.reals_nchw.full_like(f64::INFINITY);
             }
             let stop = f64::from(u8::from(self.parts.progress.stop_requested()));
-            let mut votes = [stop, self.ready_for() as f64, fed];
-            let sums = self.net.phase(&batch, phase, &mut votes).map_err(|error| not_finite(error, step))?;
+            votes = [stop, self.ready_for() as f64, fed];
+            let sums = match self.update(&batch, phase, step, &mut votes)? {
+                Ok(sums) => sums,
+                Err(why) => {
+                    left_out.push(why);
+                    PhaseSums::NONE
+                }
+            };
             if let Some(progressed) = &mut self.progressed {
                 progressed.sums.push(sums);
             }
-            decided = [votes[0], votes[1]];
-            fed_total = votes[2];
         }
-        self.finish_step(step, begin.elapsed().as_secs_f64(), data_s, fed_total as u64);
-        Ok(decided)
+        let [stops, changes, fed] = votes;
+        let times = [begin.elapsed().as_secs_f64(), data_s];
+        self.finish_step(step, times, fed as u64, left_out.join("; "));
+        Ok([stops, changes])
     }
 
-    fn finish_step(&mut self, step: u64, step_s: f64, data_s: f64, fed: u64) {
+    /// One phase, or in words why there is no update in it. Its votes are summed either way.
+    fn update(
+        &mut self,
+        batch: &Batch,
+        phase: Phase,
+        step: u64,
+        votes: &mut [f64],
+    ) -> Result<Result<PhaseSums, String>, JobError> {
+        if self.parts.passed_over.contains(&(step + 1)) {
+            self.exchange.wait(|collective| collective.all_reduce_f64(votes))?;
+            return Ok(Err(format!("no update in phase {phase}: the step is passed over")));
+        }
+        let skips = self.parts.config.on_nan == OnNan::Skip;
+        match self.net.phase(batch, phase, votes) {
+            Ok(sums) => {
+                self.skipped_in_a_row = 0;
+                Ok(Ok(sums))
+            }
+            Err(PhaseError::Exchange(error)) => Err(error.into()),
+            Err(PhaseError::Torch(error)) => Err(error.into()),
+            Err(PhaseError::NotFinite { what, .. })
+                if skips && self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW =>
+            {
+                self.skipped_in_a_row += 1;
+                Ok(Err(format!("no update in phase {phase}: {what} is not finite")))
+            }
+            Err(PhaseError::NotFinite { what, .. }) => {
+                Err(JobError::NotFinite { step: step + 1, phase: phase.name(), what })
+            }
+        }
+    }
+
+    fn finish_step(&mut self, step: u64, [step_s, data_s]: [f64; 2], fed: u64, left_out: String) {
         let sums = self.progressed.as_mut().map(|progressed| {
             progressed.step = step + 1;
             std::mem::take(&mut progressed.sums)
@@ -332,6 +378,7 @@ impl Trainer {
             data_s,
             exchange_s,
             fed,
+            left_out,
             ..StepReport::default()
         });
         let finished = step + 1;
@@ -369,7 +416,8 @@ impl Trainer {
         }
         self.checkpoint_overdue = false;
         self.parts.progress.enter("checkpoint");
-        if !self.parts.uploader.offer(Snapshot::take(&self.net, step)) {
+        let writer = self.exchange.collective().generation();
+        if !self.parts.uploader.offer(Snapshot::take(&self.net, step), writer) {
             tracing::warn!("no checkpoint at step {step}: the store is still busy with earlier ones");
         }
     }
@@ -381,21 +429,11 @@ impl Trainer {
         if self.exchange.collective().rank() == Rank(0) {
             self.parts.progress.enter("checkpoint");
             let snapshot = Snapshot::take(&self.net, step);
-            weights_sha256 =
-                self.parts.uploader.write_through(snapshot).map_err(JobError::Upload)?.weights_sha256;
+            let written = self.parts.uploader.write_through(snapshot, Generation(generation));
+            weights_sha256 = written.map_err(JobError::Upload)?.weights_sha256;
         }
         self.parts.progress.enter("ended");
         self.note(Note::Ended { generation, outcome, step, weights_sha256 });
         Ok(())
-    }
-}
-
-fn not_finite(error: PhaseError, step: u64) -> JobError {
-    match error {
-        PhaseError::Exchange(error) => JobError::Exchange(error),
-        PhaseError::Torch(error) => JobError::Torch(error),
-        PhaseError::NotFinite { phase, what } => {
-            JobError::NotFinite { step: step + 1, phase: phase.name(), what }
-        }
     }
 }

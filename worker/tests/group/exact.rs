@@ -181,7 +181,7 @@ fn run(members: &mut [Member], batches: &[Batch], generation: u64, until: usize,
         for (rank, (member, listener)) in members.iter_mut().zip(&listeners).enumerate() {
             let ranked = Rank(rank as u32);
             let mut ring = RingConfig::new("test", ranked, Generation(generation), addresses.clone());
-            ring.lanes_by_rank = config().lanes_by_rank(world);
+            ring.lanes_by_rank = shares.iter().map(|share| config().lanes_of(share.count)).collect();
             let kill = kill.filter(|kill| kill.rank == rank);
             let mine: Vec<Batch> = batches.iter().map(|batch| part(batch, shares[rank])).collect();
             workers.push(scope.spawn(move || {

@@ -40,7 +40,7 @@ impl World {
                     let (fence, kind, step) = (grid.fence, grid.kind, grid.step);
                     self.store.push_back(Event::GridSettled { fence, kind, step, outcome: Ok(()) });
                 }
-                Action::CommitCheckpoint { manifest } => {
+                Action::CommitCheckpoint { manifest, .. } => {
                     let fence = fence(&manifest.run, manifest.generation.0);
                     let mark = mark(manifest.step);
                     self.store.push_back(Event::CheckpointSettled { fence, mark, outcome: Ok(()) });

@@ -79,7 +79,18 @@ pub fn origin(run: &str, step: u64) -> Box<OriginCheckpoint> {
 
 pub fn step_report(fence: Fence, step: u64) -> StepReport {
     let times = StepTimes { compute_s: 0.5, data_s: 0.0, exchange_s: 0.5 };
-    StepReport { fence, step, epoch: 0, d_loss: 1.0, g_loss: 2.0, d_acc: 0.5, step_s: 1.0, times, fed: 0 }
+    StepReport {
+        fence,
+        step,
+        epoch: 0,
+        d_loss: 1.0,
+        g_loss: 2.0,
+        d_acc: 0.5,
+        step_s: 1.0,
+        times,
+        fed: 0,
+        left_out: String::new(),
+    }
 }
 
 /// A tile of 8 one-pixel cells split like the slots.
@@ -90,8 +101,10 @@ pub fn tile(fence: Fence, step: u64, first_cell: u32, cells: u32) -> Tile {
 }
 
 pub fn upload(fence: Fence, step: u64) -> Upload {
-    let part = |file: &str| CheckpointPart { file: file.into(), size_bytes: 1, sha256: String::new() };
-    Upload { fence, step, parts: CHECKPOINT_PARTS.map(part).to_vec(), weights_sha256: format!("sha-{step}") }
+    let file = |part: &str| takuma_core::layout::part_file(fence.generation, part);
+    let part = |part: &str| CheckpointPart { file: file(part), size_bytes: 1, sha256: String::new() };
+    let parts = CHECKPOINT_PARTS.map(part).to_vec();
+    Upload { fence, step, parts, weights_sha256: format!("sha-{step}") }
 }
 
 pub fn mark(step: u64) -> CheckpointMark {
@@ -106,7 +119,8 @@ pub fn failure(fence: Fence, kind: FailureKind) -> MemberFailure {
     let message = match kind {
         FailureKind::PeerLost { .. } => "the peer closed the connection",
         FailureKind::Local => "out of memory",
-        FailureKind::Run => "the loss is not finite",
+        FailureKind::Run => "another dataset",
+        FailureKind::NotFinite => "the loss is not finite",
     };
     MemberFailure { fence, step: 0, phase: "d".into(), kind, message: message.into() }
 }
@@ -142,7 +156,7 @@ pub fn tell(action: &Action) -> String {
         }
         Action::RewindMetrics { run, step, .. } => format!("rewind {run} to {step}"),
         Action::StoreGrid { grid } => format!("store grid {} step {}", grid.fence.run, grid.step),
-        Action::CommitCheckpoint { manifest } => format!(
+        Action::CommitCheckpoint { manifest, .. } => format!(
             "commit {} step {} g{} by {}",
             manifest.run, manifest.step, manifest.generation, manifest.writer
         ),
@@ -171,8 +185,14 @@ fn tell_directive(directive: &Directive) -> String {
                 StateSource::Peers => "from peers".to_owned(),
             };
             let when = if prepare.when == When::Now { "now" } else { "at the next step" };
+            let passes: Vec<String> = prepare.passed_over.iter().map(u64::to_string).collect();
+            let passes = if passes.is_empty() {
+                String::new()
+            } else {
+                format!(", passing over {}", passes.join(" "))
+            };
             format!(
-                "prepare {} g{} rank {} of [{}] {state} {when} to {}",
+                "prepare {} g{} rank {} of [{}] {state} {when} to {}{passes}",
                 prepare.fence.run,
                 prepare.fence.generation,
                 prepare.rank,
