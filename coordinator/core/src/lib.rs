@@ -31,6 +31,7 @@ mod regroup;
 mod requests;
 mod reunion;
 pub mod run;
+mod shares;
 pub mod slots;
 mod stragglers;
 pub mod time;
