@@ -378,6 +378,8 @@ impl RunFiles {
             }
             // Lines from the first unreadable one on are dropped: a curve with a hole would mislead.
             metrics.truncate(points.len());
+            // Whoever wrote these lines may have died before it drew them.
+            self.plot_stale |= !points.is_empty();
             self.growing = Some(Growing { events, metrics, points });
         }
         self.growing.as_mut().ok_or_else(|| "the run's files are not open".to_owned())

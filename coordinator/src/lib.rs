@@ -33,14 +33,17 @@ mod streams;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures::Stream;
 use takuma_core::cluster::Cluster;
 use takuma_proto::v1::cluster_server::ClusterServer;
 use takuma_proto::v1::control_server::ControlServer;
 use takuma_store::{Store, StoreError};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 
 use control::ControlService;
 use owner::{Message, Owner};
@@ -189,6 +192,21 @@ impl Coordinator {
     /// # Errors
     /// A failure of the server itself.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
+        self.serve_on(connections::accept(listener, MAX_CONNECTIONS), shutdown).await
+    }
+
+    /// Serves on connections that somebody else accepts, as tests do that have no network.
+    ///
+    /// # Errors
+    /// A failure of the server itself.
+    pub async fn serve_on<C>(
+        self,
+        connections: impl Stream<Item = std::io::Result<C>>,
+        shutdown: CancellationToken,
+    ) -> Result<(), ServerError>
+    where
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
         let workers = ClusterServer::new(ClusterService::new(self.owner.clone()))
             .max_decoding_message_size(MAX_MESSAGE_BYTES);
         let clients = ControlServer::new(ControlService::new(self.owner.clone(), self.store.clone()));
@@ -199,10 +217,7 @@ impl Coordinator {
             .timeout(CALL_TIMEOUT)
             .add_service(workers)
             .add_service(clients)
-            .serve_with_incoming_shutdown(
-                connections::accept(listener, MAX_CONNECTIONS),
-                shutdown.clone().cancelled_owned(),
-            );
+            .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
         let mut serving = std::pin::pin!(serving);
         let served = tokio::select! {
             served = &mut serving => Some(served),
