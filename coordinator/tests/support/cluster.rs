@@ -25,7 +25,7 @@ pub const RUN: &str = "calm-otter-3";
 /// A supervisor starts a coordinator again after so long.
 const RESTART: Duration = Duration::from_secs(1);
 /// After so long no write is under way any more.
-const SETTLED: Duration = Duration::from_secs(60);
+const SETTLED: Duration = Duration::from_secs(20);
 /// No scenario takes longer, in its own time.
 const LONGEST: Duration = Duration::from_secs(7_200);
 

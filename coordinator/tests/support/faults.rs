@@ -35,11 +35,13 @@ pub enum Fault {
     CrashBefore,
     /// The coordinator dies when it is done.
     CrashAfter,
+    /// The coordinator dies, and seconds later, in its successor's time, the call is done.
+    CrashThenLanded,
 }
 
 impl Fault {
     /// What can happen to a call that changes the store.
-    pub const OF_WRITES: [Self; 7] = [
+    pub const OF_WRITES: [Self; 8] = [
         Self::Lost,
         Self::Landed,
         Self::Late,
@@ -47,6 +49,7 @@ impl Fault {
         Self::Conflict,
         Self::CrashBefore,
         Self::CrashAfter,
+        Self::CrashThenLanded,
     ];
     /// What can happen to a call that only asks.
     pub const OF_READS: [Self; 3] = [Self::Lost, Self::Late, Self::CrashBefore];
@@ -168,6 +171,15 @@ impl Faulty {
             Some(Fault::CrashBefore) => self.die().await,
             Some(Fault::CrashAfter) => {
                 done().await.ok();
+                self.die().await
+            }
+            Some(Fault::CrashThenLanded) => {
+                let late = done();
+                // Not of this life any more: a packet on its way.
+                tokio::spawn(async move {
+                    sleep(LATE).await;
+                    late.await.ok();
+                });
                 self.die().await
             }
         }
