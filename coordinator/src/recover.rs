@@ -68,35 +68,31 @@ async fn stored(run: &Store, record: &RunRecord) -> Result<Stored, StoreError> {
 #[cfg(test)]
 mod tests {
     use takuma_core::config::{Recipe, RunConfig};
-    use takuma_core::ids::Generation;
-    use takuma_core::record::{DatasetFacts, RUN_FORMAT, RunStatus};
-    use takuma_core::time::Timestamp;
+    use takuma_core::record::{RUN_FORMAT, RunStatus};
 
     use super::*;
 
     fn record(name: &str) -> RunRecord {
-        RunRecord {
-            format: RUN_FORMAT,
-            name: name.into(),
-            id: "0123".into(),
-            config: RunConfig::new(Recipe::DcganTiny, "file:///faces"),
-            dataset: DatasetFacts { digest: "d".into(), images: 128, steps_per_epoch: 2 },
-            created: Timestamp(1),
-            queued: Timestamp(1),
-            status: RunStatus::Stopped,
-            generation: Generation(7),
-            generations_reserved: Generation(1_007),
-            lineage: Generation(1),
-            origin: None,
-            step: 41,
-            target_steps: 100,
-            elapsed_ms: 12_345,
-            workers: 2,
-            pace_s: Some(0.5),
-            checkpoint: None,
-            weights_sha256: String::new(),
-            error: String::new(),
-        }
+        let json = serde_json::json!({
+            "format": RUN_FORMAT,
+            "name": name,
+            "id": "0123",
+            "config": RunConfig::new(Recipe::DcganTiny, "file:///faces"),
+            "dataset": {"digest": "d", "images": 128, "steps_per_epoch": 2},
+            "created": 1,
+            "queued": 1,
+            "status": "stopped",
+            "generation": 7,
+            "step": 41,
+            "target_steps": 100,
+            "elapsed_ms": 12_345,
+            "workers": 2,
+            "pace_s": 0.5,
+            "checkpoint": null,
+            "weights_sha256": "",
+            "error": "",
+        });
+        serde_json::from_value(json).unwrap()
     }
 
     async fn recovered(store: &Store) -> Vec<String> {

@@ -207,28 +207,29 @@ mod tests {
     use crate::config::Recipe;
 
     fn record() -> RunRecord {
-        RunRecord {
-            format: RUN_FORMAT,
-            name: "calm-otter-3".into(),
-            id: "0123".into(),
-            config: RunConfig::new(Recipe::DcganTiny, "file:///faces"),
-            dataset: DatasetFacts { digest: "d".into(), images: 128, steps_per_epoch: 2 },
-            created: Timestamp(1_700_000_000_000),
-            queued: Timestamp(1_700_000_000_001),
-            status: RunStatus::Running,
-            generation: Generation(7),
-            generations_reserved: Generation(1_007),
-            lineage: Generation(1),
-            origin: Some(Origin { run: "old".into(), step: 3 }),
-            step: 41,
-            target_steps: 100,
-            elapsed_ms: 12_345,
-            workers: 2,
-            pace_s: Some(0.5),
-            checkpoint: Some(CheckpointMark { step: 40, weights_sha256: "ab".repeat(32) }),
-            weights_sha256: String::new(),
-            error: "line one\n  \"crc32c\": \"line two".into(),
-        }
+        let json = serde_json::json!({
+            "format": RUN_FORMAT,
+            "name": "calm-otter-3",
+            "id": "0123",
+            "config": RunConfig::new(Recipe::DcganTiny, "file:///faces"),
+            "dataset": {"digest": "d", "images": 128, "steps_per_epoch": 2},
+            "created": 1_700_000_000_000_u64,
+            "queued": 1_700_000_000_001_u64,
+            "status": "running",
+            "generation": 7,
+            "generations_reserved": 1_007,
+            "lineage": 1,
+            "origin": {"run": "old", "step": 3},
+            "step": 41,
+            "target_steps": 100,
+            "elapsed_ms": 12_345,
+            "workers": 2,
+            "pace_s": 0.5,
+            "checkpoint": {"step": 40, "weights_sha256": "ab".repeat(32)},
+            "weights_sha256": "",
+            "error": "line one,\n  \"crc32c\": \"line two",
+        });
+        serde_json::from_value(json).unwrap()
     }
 
     #[test]

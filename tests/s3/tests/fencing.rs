@@ -20,9 +20,7 @@ use support::{KEYS, Served, WRITERS};
 use takuma_coordinator::lease::{Holder, Lease, LeaseError};
 use takuma_coordinator::{Coordinator, Options};
 use takuma_core::config::{Recipe, RunConfig};
-use takuma_core::ids::Generation;
-use takuma_core::record::{DatasetFacts, RUN_FORMAT, RunRecord, RunStatus, writer_of};
-use takuma_core::time::Timestamp;
+use takuma_core::record::{RUN_FORMAT, RunRecord, RunStatus, writer_of};
 use takuma_store::{Created, Store};
 use tokio_util::sync::CancellationToken;
 
@@ -92,28 +90,16 @@ async fn of_many_that_take_the_lease_one_wins() {
 }
 
 fn running() -> RunRecord {
-    RunRecord {
-        format: RUN_FORMAT,
-        name: "r".into(),
-        id: "0123".into(),
-        config: RunConfig::new(Recipe::DcganTiny, "file:///faces"),
-        dataset: DatasetFacts { digest: "d".into(), images: 128, steps_per_epoch: 2 },
-        created: Timestamp(1),
-        queued: Timestamp(1),
-        status: RunStatus::Running,
-        generation: Generation(7),
-        generations_reserved: Generation(1_007),
-        lineage: Generation(1),
-        origin: None,
-        step: 41,
-        target_steps: 100,
-        elapsed_ms: 12_345,
-        workers: 2,
-        pace_s: Some(0.5),
-        checkpoint: None,
-        weights_sha256: String::new(),
-        error: String::new(),
-    }
+    let config = RunConfig::new(Recipe::DcganTiny, "file:///faces").to_json();
+    let json = format!(
+        r#"{{
+            "format": {RUN_FORMAT}, "name": "r", "id": "0123", "config": {config},
+            "dataset": {{"digest": "d", "images": 128, "steps_per_epoch": 2}},
+            "created": 1, "queued": 1, "status": "running", "generation": 7, "step": 41, "target_steps": 100,
+            "elapsed_ms": 12345, "workers": 2, "pace_s": 0.5, "checkpoint": null, "weights_sha256": "", "error": ""
+        }}"#
+    );
+    RunRecord::from_json(json.as_bytes()).unwrap()
 }
 
 #[tokio::test]
