@@ -1,9 +1,11 @@
 //! [`Clock`]: the time that the core is told. It starts at the wall clock and then follows the monotonic
 //! one, so it never falls and no time service can make all workers look silent.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use takuma_core::time::Timestamp;
+// tokio's, so that a test that pauses time pauses the core's too.
+use tokio::time::Instant;
 
 /// A source of timestamps. Copies agree.
 #[derive(Debug, Clone, Copy)]

@@ -2,9 +2,12 @@
 //! encoding, plots) is ever in the way of the owner of the state. What it did comes back as events.
 
 mod commit;
+mod fenced;
+mod kept;
 mod lines;
 mod persist;
 mod plot;
+mod records;
 mod sweep;
 mod tensorboard;
 
@@ -17,15 +20,18 @@ use takuma_core::ids::Generation;
 use takuma_core::layout;
 use takuma_core::record::{CheckpointMark, RunRecord};
 use takuma_core::time::Timestamp;
-use takuma_store::{Created, Store};
+use takuma_store::Store;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use kept::{kept_lines, lines};
 use lines::LineFile;
 use persist::{FIRST_PAUSE, Patience, persist};
 use plot::Point;
+pub use records::Records;
+use records::SaveError;
 use sweep::Sweeper;
 use tensorboard::EventFile;
 
@@ -79,6 +85,10 @@ pub struct WriterSetup {
     pub title: String,
     /// The store under which `runs/` lies.
     pub store: Store,
+    /// What this coordinator knows of the runs' records there.
+    pub records: Records,
+    /// The step before the run's first one.
+    pub began: u64,
     /// The generation that went on from the seed or a checkpoint last, whose metrics the store holds.
     pub lineage: Generation,
     /// Where events go.
@@ -134,14 +144,6 @@ struct EventLine<'a> {
     message: &'a str,
 }
 
-/// What is read back of a line of metrics.
-#[derive(serde::Deserialize)]
-struct KeptMetrics {
-    step: u64,
-    d_loss: Option<f64>,
-    g_loss: Option<f64>,
-}
-
 struct Growing {
     events: LineFile,
     metrics: LineFile,
@@ -151,6 +153,8 @@ struct Growing {
 struct RunFiles {
     setup: WriterSetup,
     store: Store,
+    /// Where the files that grow are written, by names that begin with the run's: see [`Records`] for the lock.
+    runs: Store,
     patience: Patience,
     /// Read at the first need.
     growing: Option<Growing>,
@@ -167,6 +171,7 @@ impl RunFiles {
     fn new(setup: WriterSetup) -> Self {
         Self {
             store: setup.store.at(&layout::run_folder(&setup.run)),
+            runs: setup.store.at(layout::RUNS_FOLDER),
             patience: Patience { outage: OUTAGE, first_pause: FIRST_PAUSE, hurry: setup.hurry.clone() },
             setup,
             growing: None,
@@ -262,20 +267,20 @@ impl RunFiles {
     }
 
     async fn save(&self, record: &RunRecord, first: bool) -> Result<(), String> {
-        let json = bytes::Bytes::from(record.to_json());
-        if !first {
-            return persist(&self.patience, || self.store.put(layout::RUN_FILE, json.clone())).await;
+        let saved = if first {
+            let patience = Patience { outage: OUTAGE_AT_SUBMIT, ..self.patience.clone() };
+            self.setup.records.create(&patience, record).await
+        } else {
+            self.setup.records.save(&self.patience, record).await
+        };
+        if let Err(SaveError::Lost(object)) = saved {
+            if self.setup.owner.send(Message::StoreLost { object }).await.is_err() {
+                tracing::debug!(run = self.setup.run, "the coordinator has ended before it heard of its end");
+            }
+            // Nothing is written any more; the owner ends this task with the others.
+            return std::future::pending().await;
         }
-        let patience = Patience { outage: OUTAGE_AT_SUBMIT, ..self.patience.clone() };
-        if persist(&patience, || self.store.create(layout::RUN_FILE, json.clone())).await? == Created::New {
-            return Ok(());
-        }
-        // Our own write may have landed although it was answered by an error.
-        let present = persist(&patience, || self.store.get(layout::RUN_FILE)).await?;
-        if present == json {
-            return Ok(());
-        }
-        Err(format!("{} exists already; give the run another --name", self.store.url()))
+        saved.map_err(|error| error.to_string())
     }
 
     async fn event(&mut self, event: &RunEvent) -> Result<(), String> {
@@ -376,16 +381,26 @@ impl RunFiles {
 
     async fn growing(&mut self) -> Result<&mut Growing, String> {
         if self.growing.is_none() {
-            let events = LineFile::open(&self.store, &self.patience, layout::EVENTS_FILE).await?;
-            let mut metrics = LineFile::open(&self.store, &self.patience, layout::METRICS_FILE).await?;
-            let parse = |line: &[u8]| serde_json::from_slice::<KeptMetrics>(line).ok();
-            let mut points: Vec<Point> = Vec::new();
-            for kept in metrics.lines().map_while(parse) {
-                let loss = |value: Option<f64>| value.unwrap_or(f64::NAN);
-                points.push(Point { step: kept.step, d_loss: loss(kept.d_loss), g_loss: loss(kept.g_loss) });
+            let name = |file: &str| format!("{}/{file}", self.setup.run);
+            let events = LineFile::open(&self.runs, &self.patience, name(layout::EVENTS_FILE)).await?;
+            let mut metrics = LineFile::open(&self.runs, &self.patience, name(layout::METRICS_FILE)).await?;
+            let loss = |value: Option<f64>| value.unwrap_or(f64::NAN);
+            let kept = kept_lines(metrics.lines(), self.setup.began).into_iter();
+            let points: Vec<Point> = kept
+                .map(|line| Point { step: line.step, d_loss: loss(line.d_loss), g_loss: loss(line.g_loss) })
+                .collect();
+            let found = metrics.lines().count();
+            if points.len() < found {
+                let (run, kept) = (&self.setup.run, points.len());
+                tracing::warn!(
+                    run,
+                    "{} is damaged after line {kept} of {found}; the rest is dropped",
+                    name(layout::METRICS_FILE)
+                );
             }
-            // Lines from the first unreadable one on are dropped: a curve with a hole would mislead.
             metrics.truncate(points.len());
+            // Whoever wrote these lines may have died before it drew them.
+            self.plot_stale |= !points.is_empty();
             self.growing = Some(Growing { events, metrics, points });
         }
         self.growing.as_mut().ok_or_else(|| "the run's files are not open".to_owned())
@@ -396,9 +411,9 @@ impl RunFiles {
         let due = |at: Option<Instant>| all || at.is_some_and(|at| at <= now);
         if let Some(growing) = &mut self.growing {
             if due(growing.events.due()) {
-                growing.events.flush(&self.store, &self.patience).await?;
+                growing.events.flush(&self.runs, &self.patience).await?;
             }
-            if due(growing.metrics.due()) && growing.metrics.flush(&self.store, &self.patience).await? {
+            if due(growing.metrics.due()) && growing.metrics.flush(&self.runs, &self.patience).await? {
                 let step = growing.points.last().map_or(0, |point| point.step);
                 let (run, lineage) = (self.setup.run.clone(), self.setup.lineage);
                 self.tell(Event::MetricsStored { run, step, lineage }).await;

@@ -6,20 +6,17 @@
 //! taker from after the read: the holder's is always over first, and then its writes wait ([`Lease::guard`])
 //! until the lease is renewed, or lost, which ends the process.
 
+mod guard;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream::{BoxStream, StreamExt};
-use object_store::path::Path;
-use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
-};
 use serde::{Deserialize, Serialize};
 use takuma_store::{Created, Store, StoreError, Version};
 use tokio::time::{Instant, sleep, sleep_until};
+
+use guard::{Guarded, Moment, Validity};
 
 /// Object that names the holder.
 pub const LEASE_FILE: &str = "coordinator.json";
@@ -41,6 +38,40 @@ pub struct Holder {
     pub renewals: u64,
     /// It ended in peace: the store is free.
     pub released: bool,
+    /// The run of the machine's system that it lives in; empty = not known.
+    #[serde(default)]
+    pub boot_id: String,
+    /// The network in which the address is meant: containers that are called alike have one each. Empty = not known.
+    #[serde(default)]
+    pub network: String,
+}
+
+impl Holder {
+    /// A new coordinator that listens at `address` of this machine.
+    ///
+    /// # Errors
+    /// The system gives no random bits.
+    pub fn here(address: String) -> Result<Self, getrandom::Error> {
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
+        Ok(Self {
+            host: gethostname::gethostname().to_string_lossy().into_owned(),
+            address,
+            id: format!("{:016x}", getrandom::u64()?),
+            renewals: 0,
+            released: false,
+            boot_id: boot_id.trim().to_owned(),
+            network: network.to_string_lossy().into_owned(),
+        })
+    }
+
+    /// Whether two can only listen at their address one after the other.
+    fn is_at_the_place_of(&self, other: &Self) -> bool {
+        let place = |holder: &Self| {
+            (holder.host.clone(), holder.address.clone(), holder.boot_id.clone(), holder.network.clone())
+        };
+        place(self) == place(other)
+    }
 }
 
 /// Why the lease cannot be had.
@@ -77,27 +108,11 @@ pub struct Lease {
     attempts: u64,
 }
 
-/// Until when the lease is valid, shared with the guard of the store.
-#[derive(Debug, Clone)]
-struct Validity {
-    start: Instant,
-    until_ms: Arc<AtomicU64>,
-}
-
-impl Validity {
-    fn extend(&self, until: Instant) {
-        self.until_ms.store((until - self.start).as_millis() as u64, Ordering::SeqCst);
-    }
-
-    fn is_over(&self) -> bool {
-        self.start.elapsed().as_millis() as u64 >= self.until_ms.load(Ordering::SeqCst)
-    }
-}
-
 impl Lease {
     /// Takes the lease of `store`: at once where nobody holds it; without `standby` also where the last holder
     /// listened at this very address of this machine, which the caller has bound, so it must be dead; otherwise
-    /// when it was not renewed for `term`. With `standby` it is waited for as long as it takes.
+    /// when it was not renewed for `term`. With `standby` it is waited for as long as it takes. A lease that cannot be
+    /// read may have a living holder, so it is outwaited too.
     ///
     /// # Errors
     /// A living holder, or the store.
@@ -106,11 +121,11 @@ impl Lease {
         holder: Holder,
         term: Duration,
         standby: bool,
-    ) -> std::result::Result<Self, LeaseError> {
+    ) -> Result<Self, LeaseError> {
         let mut seen: Option<(Version, Instant)> = None;
         let mut told = false;
         loop {
-            let asked = Instant::now();
+            let asked = Moment::now();
             let Some((content, version)) = store.get_versioned(LEASE_FILE).await? else {
                 if store.create(LEASE_FILE, json(&holder)).await? == Created::New {
                     return Self::confirmed(store, holder, term, asked).await;
@@ -118,10 +133,8 @@ impl Lease {
                 continue;
             };
             let present = serde_json::from_slice::<Holder>(&content).ok();
-            let ours = |present: &Holder| {
-                !standby && present.host == holder.host && present.address == holder.address
-            };
-            let free = present.as_ref().is_none_or(|present| present.released || ours(present));
+            let ours = |present: &Holder| !standby && present.is_at_the_place_of(&holder);
+            let free = present.as_ref().is_some_and(|present| present.released || ours(present));
             let unchanged = seen.as_ref().filter(|(last, _)| *last == version).map(|&(_, since)| since);
             if free || unchanged.is_some_and(|since| since.elapsed() > term) {
                 if store.replace(LEASE_FILE, json(&holder), &version).await? {
@@ -134,11 +147,11 @@ impl Lease {
                 let (host, address) = (present.host.clone(), present.address.clone());
                 return Err(LeaseError::Held { host, address, url: store.url().to_owned() });
             }
-            if let (Some(present), false) = (&present, told) {
-                let (host, address) = (&present.host, &present.address);
-                tracing::info!(
-                    "the store is held by the coordinator at {address} on {host}; watching whether it lives"
-                );
+            if !told {
+                let known = present
+                    .map(|Holder { host, address, .. }| format!("the coordinator at {address} on {host}"));
+                let who = known.unwrap_or_else(|| format!("somebody, but {LEASE_FILE} is damaged"));
+                tracing::info!("the store is held by {who}; watching whether it lives");
                 told = true;
             }
             if unchanged.is_none() {
@@ -153,10 +166,9 @@ impl Lease {
         store: &Store,
         holder: Holder,
         term: Duration,
-        asked: Instant,
-    ) -> std::result::Result<Self, LeaseError> {
-        let valid = Validity { start: asked, until_ms: Arc::default() };
-        valid.extend(asked + term);
+        asked: Moment,
+    ) -> Result<Self, LeaseError> {
+        let valid = Validity::new(asked, term);
         match store.get_versioned(LEASE_FILE).await? {
             Some((content, version)) if content == json(&holder) => {
                 Ok(Self { store: store.clone(), holder, version, term, valid, attempts: 0 })
@@ -179,14 +191,14 @@ impl Lease {
     /// Renews until the lease is lost; then it returns, and the process must end.
     pub async fn keep(&mut self) {
         loop {
-            let asked = Instant::now();
+            let asked = Moment::now();
             match self.write(self.holder.clone()).await {
-                Ok(true) => self.valid.extend(asked + self.term),
+                Ok(true) => self.valid.extend(asked, self.term),
                 Ok(false) => return,
                 // The guard holds writes back meanwhile; nobody else can take the lease from this store either.
                 Err(error) => tracing::warn!(%error, "the lease on the store was not renewed; trying again"),
             }
-            sleep_until(asked + self.term / RENEWALS_PER_TERM).await;
+            sleep_until(asked.instant + self.term / RENEWALS_PER_TERM).await;
         }
     }
 
@@ -200,7 +212,7 @@ impl Lease {
 
     /// Whether the lease is still ours after writing `next`. Each attempt writes other bytes, so what is read back
     /// tells whether it was this one that landed: an older write that is still there renews nothing.
-    async fn write(&mut self, next: Holder) -> std::result::Result<bool, StoreError> {
+    async fn write(&mut self, next: Holder) -> Result<bool, StoreError> {
         for _ in 0..ATTEMPTS {
             self.attempts += 1;
             let next = Holder { renewals: self.attempts, ..next.clone() };
@@ -231,78 +243,6 @@ fn json(holder: &Holder) -> Bytes {
     Bytes::from(serde_json::to_vec(holder).expect("a Holder has only string keys"))
 }
 
-/// A store whose writes wait for a valid lease.
-#[derive(Debug)]
-struct Guarded {
-    inner: Arc<dyn ObjectStore>,
-    valid: Validity,
-}
-
-/// How often a held back write looks again.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
-
-impl Guarded {
-    async fn wait(&self) {
-        while self.valid.is_over() {
-            sleep(LOOK_EVERY).await;
-        }
-    }
-}
-
-impl std::fmt::Display for Guarded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Guarded({})", self.inner)
-    }
-}
-
-#[async_trait::async_trait]
-impl ObjectStore for Guarded {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        self.wait().await;
-        self.inner.put_opts(location, payload, options).await
-    }
-
-    async fn put_multipart_opts(
-        &self,
-        location: &Path,
-        options: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
-        self.wait().await;
-        self.inner.put_multipart_opts(location, options).await
-    }
-
-    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.inner.get_opts(location, options).await
-    }
-
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        let valid = self.valid.clone();
-        let guarded = locations.then(move |location| {
-            let valid = valid.clone();
-            async move {
-                while valid.is_over() {
-                    sleep(LOOK_EVERY).await;
-                }
-                location
-            }
-        });
-        self.inner.delete_stream(guarded.boxed())
-    }
-
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.wait().await;
-        self.inner.copy_opts(from, to, options).await
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,10 +251,11 @@ mod tests {
 
     fn holder(id: &str) -> Holder {
         let (host, address) = (format!("host-{id}"), "0.0.0.0:7070".to_owned());
-        Holder { host, address, id: id.to_owned(), renewals: 0, released: false }
+        let (boot_id, network) = ("boot".to_owned(), "net:[1]".to_owned());
+        Holder { host, address, id: id.to_owned(), renewals: 0, released: false, boot_id, network }
     }
 
-    async fn take(store: &Store, id: &str, standby: bool) -> std::result::Result<Lease, LeaseError> {
+    async fn take(store: &Store, id: &str, standby: bool) -> Result<Lease, LeaseError> {
         Lease::acquire(store, holder(id), TERM, standby).await
     }
 
@@ -360,6 +301,53 @@ mod tests {
         let again = Holder { id: "a, again".into(), ..holder("a") };
         Lease::acquire(&store, again, TERM, false).await.unwrap();
         assert!(asked.elapsed() < TERM / 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn containers_that_are_called_alike_do_not_take_from_each_other() {
+        let store = Store::memory();
+        let mut first = take(&store, "a", false).await.unwrap();
+        for other in [
+            Holder { id: "b".into(), network: "net:[2]".into(), ..holder("a") },
+            Holder { id: "b".into(), boot_id: "another".into(), ..holder("a") },
+            Holder { id: "b".into(), network: String::new(), ..holder("a") },
+        ] {
+            tokio::select! {
+                () = first.keep() => panic!("the lease was lost"),
+                refused = Lease::acquire(&store, other, TERM, false) => {
+                    assert!(matches!(refused, Err(LeaseError::Held { .. })), "{refused:?}");
+                }
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whatever_bit_of_the_lease_flips_its_living_holder_keeps_it_or_ends() {
+        let store = Store::memory();
+        let first = take(&store, "a", false).await.unwrap();
+        let whole = store.get(LEASE_FILE).await.unwrap();
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut flipped = whole.to_vec();
+                flipped[at] ^= 1 << bit;
+                store.put(LEASE_FILE, flipped).await.unwrap();
+                let asked = Instant::now();
+                drop(take(&store, "b", false).await.unwrap());
+                assert!(asked.elapsed() > TERM, "bit {bit} of byte {at}: taken while its holder may write");
+            }
+            store.put(LEASE_FILE, whole.slice(..at)).await.unwrap();
+            let asked = Instant::now();
+            drop(take(&store, "b", false).await.unwrap());
+            assert!(asked.elapsed() > TERM, "cut to {at} bytes");
+        }
+        drop(first);
+    }
+
+    #[test]
+    fn a_lease_of_an_older_takuma_is_read() {
+        let old = r#"{"host":"h","address":"a","id":"i","renewals":3,"released":false}"#;
+        let read: Holder = serde_json::from_str(old).unwrap();
+        assert_eq!((read.renewals, read.boot_id.as_str()), (3, ""));
     }
 
     #[tokio::test(start_paused = true)]

@@ -33,17 +33,21 @@ mod streams;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures::Stream;
 use takuma_core::cluster::Cluster;
 use takuma_proto::v1::cluster_server::ClusterServer;
 use takuma_proto::v1::control_server::ControlServer;
 use takuma_store::{Store, StoreError};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 
 use control::ControlService;
-use owner::{Message, Owner};
+use files::Records;
+use owner::{Message, Owner, StoreLost};
 use session::ClusterService;
 
 /// A tile of a large grid; gRPC's default of 4 MiB is too small for one of 256 cells of 128x128.
@@ -103,6 +107,18 @@ pub enum ServerError {
         #[source]
         source: StoreError,
     },
+    /// Another coordinator works on the store: this one has no business there any more.
+    #[error(
+        "another coordinator has taken over the store: it has written {object} since; this one ends and leaves the runs \
+         to that one"
+    )]
+    StoreLost {
+        /// What the other one wrote.
+        object: String,
+    },
+    /// There are no random bits to be had.
+    #[error("the system gives no random bits: {0}")]
+    Random(#[from] getrandom::Error),
     /// The server ended by itself.
     #[error("the server failed: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -140,7 +156,7 @@ pub async fn bind(address: &str) -> Result<(TcpListener, SocketAddr), ServerErro
 pub struct Coordinator {
     owner: Owner,
     /// Aborted with the coordinator, if nobody shuts it down.
-    task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<Result<(), StoreLost>>,
     store: Store,
 }
 
@@ -159,14 +175,15 @@ pub async fn run(
 }
 
 impl Coordinator {
-    /// Tries the store and takes in its runs; one that was at work waits for its workers to come back.
+    /// Tries the store and takes over its runs; one that was at work waits for its workers to come back.
     ///
     /// # Errors
-    /// [`ServerError::Store`].
+    /// [`ServerError::Store`], or there are no random bits.
     pub async fn open(store: Store, options: Options) -> Result<Self, ServerError> {
         let unusable = |source| ServerError::Store { url: store.url().to_owned(), source };
         recover::probe(&store).await.map_err(unusable)?;
-        let recovered = recover::recover(&store).await.map_err(unusable)?;
+        let records = Records::new(&store, format!("{:016x}", getrandom::u64()?));
+        let recovered = recover::recover(&store, &records).await.map_err(unusable)?;
         let cluster = Cluster::new(takuma_core::cluster::Options {
             heartbeat_timeout_ms: options.heartbeat_timeout_ms,
             reunion_ms: options.reunion_ms,
@@ -176,10 +193,10 @@ impl Coordinator {
             ..takuma_core::cluster::Options::new(store.url(), env!("CARGO_PKG_VERSION"))
         });
         let interval_ms = u32::try_from(options.heartbeat_timeout_ms / 10).unwrap_or(u32::MAX).max(1);
-        let (owner, task) = Owner::start(cluster, store.clone(), interval_ms);
+        let (owner, task) = Owner::start(cluster, store.clone(), records, interval_ms);
         let coordinator = Self { owner, task: AbortOnDropHandle::new(task), store };
         for event in recovered {
-            coordinator.tell_owner(Message::Event(event)).await;
+            tell(&coordinator.owner, Message::Event(event)).await;
         }
         Ok(coordinator)
     }
@@ -189,6 +206,21 @@ impl Coordinator {
     /// # Errors
     /// A failure of the server itself.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
+        self.serve_on(connections::accept(listener, MAX_CONNECTIONS), shutdown).await
+    }
+
+    /// Serves on connections that somebody else accepts, as tests do that have no network.
+    ///
+    /// # Errors
+    /// A failure of the server itself.
+    pub async fn serve_on<C>(
+        self,
+        connections: impl Stream<Item = std::io::Result<C>>,
+        shutdown: CancellationToken,
+    ) -> Result<(), ServerError>
+    where
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
         let workers = ClusterServer::new(ClusterService::new(self.owner.clone()))
             .max_decoding_message_size(MAX_MESSAGE_BYTES);
         let clients = ControlServer::new(ControlService::new(self.owner.clone(), self.store.clone()));
@@ -199,17 +231,16 @@ impl Coordinator {
             .timeout(CALL_TIMEOUT)
             .add_service(workers)
             .add_service(clients)
-            .serve_with_incoming_shutdown(
-                connections::accept(listener, MAX_CONNECTIONS),
-                shutdown.clone().cancelled_owned(),
-            );
+            .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
         let mut serving = std::pin::pin!(serving);
+        let mut task = self.task;
         let served = tokio::select! {
             served = &mut serving => Some(served),
             () = shutdown.cancelled() => None,
+            ended = &mut task => return ended?.map_err(ServerError::from),
         };
-        self.tell_owner(Message::Shutdown).await;
-        self.task.await?;
+        tell(&self.owner, Message::Shutdown).await;
+        task.await??;
         let ended = match served {
             Some(served) => Ok(served),
             None => tokio::time::timeout(SHUTDOWN_TIMEOUT, serving).await,
@@ -222,10 +253,16 @@ impl Coordinator {
             }
         }
     }
+}
 
-    async fn tell_owner(&self, message: Message) {
-        if self.owner.send(message).await.is_err() {
-            tracing::error!("the coordinator's state is gone");
-        }
+impl From<StoreLost> for ServerError {
+    fn from(lost: StoreLost) -> Self {
+        Self::StoreLost { object: lost.object }
+    }
+}
+
+async fn tell(owner: &Owner, message: Message) {
+    if owner.send(message).await.is_err() {
+        tracing::error!("the coordinator's state is gone");
     }
 }

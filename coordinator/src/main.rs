@@ -93,13 +93,8 @@ async fn serve(arguments: Arguments) -> anyhow::Result<()> {
     // A standby binds only when it works, so that workers find nobody at its address before.
     let bound =
         if arguments.standby { None } else { Some(takuma_coordinator::bind(&arguments.listen).await?) };
-    let holder = Holder {
-        host: gethostname::gethostname().to_string_lossy().into_owned(),
-        address: bound.as_ref().map_or_else(|| arguments.listen.clone(), |(_, address)| address.to_string()),
-        id: format!("{:016x}", getrandom::u64()?),
-        renewals: 0,
-        released: false,
-    };
+    let address = bound.as_ref().map_or_else(|| arguments.listen.clone(), |(_, address)| address.to_string());
+    let holder = Holder::here(address)?;
     let term = Duration::from_millis(arguments.lease_ms);
     let mut lease = tokio::select! {
         lease = Lease::acquire(&store, holder, term, arguments.standby) => lease?,

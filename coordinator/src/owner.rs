@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::channels::{LogSubscription, RunChannels, Subscription};
 use crate::clock::Clock;
 use crate::convert;
-use crate::files::{Job, Writer, WriterSetup};
+use crate::files::{Job, Records, Writer, WriterSetup};
 
 /// Messages that may wait for the owner; senders wait when it is full.
 const MAX_MESSAGES: usize = 1_024;
@@ -49,8 +49,17 @@ pub enum Message {
     Logs { run: String, reply: oneshot::Sender<Result<LogSubscription, Refusal>> },
     /// A worker logged something.
     Log { session: SessionId, line: v1::LogLine },
+    /// Another coordinator has written this object, which is ours to write: end, and write nothing more.
+    StoreLost { object: String },
     /// Store everything and end.
     Shutdown,
+}
+
+/// Another coordinator works on the store.
+#[derive(Debug)]
+pub struct StoreLost {
+    /// What it has written.
+    pub object: String,
 }
 
 /// The owner's end of a worker's session.
@@ -72,14 +81,20 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Starts the task. It ends after [`Message::Shutdown`].
+    /// Starts the task. It ends after [`Message::Shutdown`], or when the store is lost to another coordinator.
     #[must_use]
-    pub fn start(cluster: Cluster, store: Store, heartbeat_interval_ms: u32) -> (Self, JoinHandle<()>) {
+    pub fn start(
+        cluster: Cluster,
+        store: Store,
+        records: Records,
+        heartbeat_interval_ms: u32,
+    ) -> (Self, JoinHandle<Result<(), StoreLost>>) {
         let (messages, inbox) = mpsc::channel(MAX_MESSAGES);
         let owner = Self { messages, clock: Clock::start(), sessions: Arc::new(AtomicU64::new(1)) };
         let state = State {
             cluster,
             store,
+            records,
             heartbeat_interval_ms,
             owner: owner.clone(),
             seats: HashMap::new(),
@@ -180,6 +195,7 @@ async fn wait<T>(answer: oneshot::Receiver<T>) -> Result<T, Refusal> {
 struct State {
     cluster: Cluster,
     store: Store,
+    records: Records,
     heartbeat_interval_ms: u32,
     owner: Owner,
     seats: HashMap<SessionId, Seat>,
@@ -193,7 +209,7 @@ struct State {
 }
 
 impl State {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Message>) -> Result<(), StoreLost> {
         loop {
             let deadline = self.cluster.next_deadline();
             let pause = deadline.map(|at| self.owner.clock.until(at));
@@ -205,10 +221,18 @@ impl State {
             };
             match message {
                 Some(Message::Shutdown) | None => break,
+                Some(Message::StoreLost { object }) => return Err(self.abandon(object)),
                 Some(message) => self.handle(message),
             }
         }
-        self.shut_down(inbox).await;
+        self.shut_down(inbox).await
+    }
+
+    /// Stops all writers where they are.
+    fn abandon(self, object: String) -> StoreLost {
+        let writing = self.writers.into_values().map(Writer::into_task).chain(self.closing.into_values());
+        writing.for_each(|task| task.abort());
+        StoreLost { object }
     }
 
     fn handle(&mut self, message: Message) {
@@ -230,7 +254,7 @@ impl State {
                 answer(reply, self.channels_of(&run).map(|run| run.subscribe_logs()))
             }
             Message::Log { session, line } => self.log(session, line),
-            Message::Shutdown => {}
+            Message::StoreLost { .. } | Message::Shutdown => {}
         }
     }
 
@@ -330,6 +354,8 @@ impl State {
                 run: run.to_owned(),
                 title: format!("{run}: {recipe}, cost vs iteration"),
                 store: self.store.clone(),
+                records: self.records.clone(),
+                began: record.as_ref().and_then(|record| record.origin.as_ref()).map_or(0, |from| from.step),
                 lineage: record.map_or_else(Default::default, |record| record.lineage),
                 owner: self.owner.clone(),
                 hurry: self.hurry.clone(),
@@ -392,7 +418,7 @@ impl State {
         self.channels.get_mut(run)
     }
 
-    async fn shut_down(mut self, mut inbox: mpsc::Receiver<Message>) {
+    async fn shut_down(mut self, mut inbox: mpsc::Receiver<Message>) -> Result<(), StoreLost> {
         self.apply(Event::ShutDown);
         // Dropping the seats ends the sessions once their last directives are sent.
         self.seats.clear();
@@ -400,14 +426,19 @@ impl State {
         let runs: Vec<String> = self.writers.keys().cloned().collect();
         runs.iter().for_each(|run| self.close_run(run));
         let tasks: Vec<_> = self.closing.drain().map(|(_, task)| task).collect();
+        let ends: Vec<_> = tasks.iter().map(JoinHandle::abort_handle).collect();
         let all = futures::future::join_all(tasks);
         // Writers report to the inbox while they finish: it is emptied, so that none waits for room.
         let drained = async {
             tokio::pin!(all);
             loop {
                 tokio::select! {
-                    results = &mut all => break results,
-                    Some(_) = inbox.recv() => {}
+                    results = &mut all => break Ok(results.iter().all(Result::is_ok)),
+                    Some(message) = inbox.recv() => {
+                        if let Message::StoreLost { object } = message {
+                            break Err(StoreLost { object });
+                        }
+                    }
                 }
             }
         };
@@ -418,12 +449,15 @@ impl State {
             std::future::pending::<()>().await;
         };
         let finished = tokio::select! {
-            results = tokio::time::timeout(SHUTDOWN_TIMEOUT, drained) => results.is_ok_and(|results| results.iter().all(Result::is_ok)),
-            () = hurried => false,
+            finished = tokio::time::timeout(SHUTDOWN_TIMEOUT, drained) => finished.unwrap_or(Ok(false)),
+            () = hurried => Ok(false),
         };
-        if !finished {
+        if !matches!(finished, Ok(true)) {
+            // What is still at work would go on behind the process's back, where it is part of another one.
+            ends.iter().for_each(tokio::task::AbortHandle::abort);
             tracing::error!("some of the runs' files could not be stored before the end");
         }
+        finished.map(|_| ())
     }
 }
 

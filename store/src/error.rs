@@ -38,6 +38,14 @@ pub enum StoreError {
         /// The caller's limit.
         waited: Duration,
     },
+    /// Another write of the same object is under way: ask again in a moment.
+    #[error("cannot {action} {url}: another write of it is under way; trying again in a moment helps")]
+    Busy {
+        /// "write" or "lock".
+        action: &'static str,
+        /// The object's URL.
+        url: String,
+    },
     /// Anything else; trying again later may help.
     #[error("cannot {action} {url}: {reason}")]
     Failed {

@@ -22,10 +22,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
-use object_store::{
-    ClientOptions, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions, PutPayload,
-    RetryConfig,
-};
+use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutPayload, RetryConfig};
 use url::Url;
 
 pub use error::StoreError;
@@ -200,12 +197,8 @@ impl Store {
     /// # Errors
     /// The store does not answer, refuses, is full, or knows no conditional writes.
     pub async fn create(&self, object: &str, content: impl Into<PutPayload>) -> Result<Created, StoreError> {
-        let options = PutOptions::from(PutMode::Create);
-        match self.objects.put_opts(&self.path(object), content.into(), options).await {
-            Ok(_) => Ok(Created::New),
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Exists),
-            Err(source) => Err(self.failed("write", object, source)),
-        }
+        let version = self.create_versioned(object, content).await?;
+        Ok(version.map_or(Created::Exists, |_| Created::New))
     }
 
     /// Removes an object; one that is not there is no error.
@@ -280,9 +273,12 @@ impl Store {
             .fold(self.folder.clone(), |path, part| path.join(part))
     }
 
+    fn object_url(&self, object: &str) -> String {
+        if object.is_empty() { self.url.clone() } else { format!("{}/{object}", self.url) }
+    }
+
     fn failed(&self, action: &'static str, object: &str, source: object_store::Error) -> StoreError {
-        let url = if object.is_empty() { self.url.clone() } else { format!("{}/{object}", self.url) };
-        StoreError::from_object_store(action, url, source)
+        StoreError::from_object_store(action, self.object_url(object), source)
     }
 }
 

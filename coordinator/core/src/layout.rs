@@ -2,10 +2,13 @@
 
 use crate::ids::{Generation, Step};
 
+/// Folder of all runs.
+pub const RUNS_FOLDER: &str = "runs";
+
 /// Folder of a run.
 #[must_use]
 pub fn run_folder(run: &str) -> String {
-    format!("runs/{run}")
+    format!("{RUNS_FOLDER}/{run}")
 }
 
 /// The run's state, as `run.json` in its folder.

@@ -1,4 +1,9 @@
 //! [`RunRecord`]: what outlives the coordinator, as `run.json` in the run's folder.
+//!
+//! In the store the document is sealed: its last two keys say who wrote it and hold a checksum over all bytes before
+//! that, so a byte that rots anywhere is found.
+
+use std::borrow::Cow;
 
 use std::collections::BTreeSet;
 
@@ -10,6 +15,13 @@ use crate::time::Timestamp;
 
 /// Version of the document's format; readers refuse others.
 pub const RUN_FORMAT: u32 = 1;
+
+/// What stands before the writer and before the checksum of a sealed document. No string of the record can hold it: JSON
+/// writes their line ends otherwise.
+const WRITER_KEY: &str = ",\n  \"written_by\": \"";
+const CHECKSUM_KEY: &str = ",\n  \"crc32c\": \"";
+/// What ends it.
+const END: &str = "\"\n}";
 
 /// Where a run stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,12 +156,22 @@ impl RunRecord {
         serde_json::to_string_pretty(self).expect("a RunRecord has only string keys and finite numbers")
     }
 
-    /// Reads the JSON form.
+    /// The form that lies in the store: the JSON form, `writer` (letters, digits and hyphens), and a checksum.
+    #[must_use]
+    pub fn to_sealed_json(&self, writer: &str) -> String {
+        let json = self.to_json();
+        let open = json.strip_suffix("\n}").expect("a pretty object ends on a line of its own");
+        let body = format!("{open}{WRITER_KEY}{writer}\"");
+        let sum = crc32c::crc32c(body.as_bytes());
+        format!("{body}{CHECKSUM_KEY}{sum:08x}{END}")
+    }
+
+    /// Reads the JSON form, sealed or not: takuma wrote no seals before.
     ///
     /// # Errors
-    /// In words: not JSON, unknown fields, another format version.
+    /// In words: a checksum that does not hold, not JSON, unknown fields, another format version.
     pub fn from_json(json: &[u8]) -> Result<Self, String> {
-        let record: Self = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        let record: Self = serde_json::from_slice(&unsealed(json)?).map_err(|error| error.to_string())?;
         if record.format != RUN_FORMAT {
             return Err(format!(
                 "it has format {}, but this takuma reads format {RUN_FORMAT}",
@@ -157,5 +179,100 @@ impl RunRecord {
             ));
         }
         Ok(record)
+    }
+}
+
+/// Who wrote a sealed document, as given to [`RunRecord::to_sealed_json`]; the seal is not checked.
+#[must_use]
+pub fn writer_of(json: &[u8]) -> Option<&str> {
+    let (_, rest) = split_last(json, WRITER_KEY)?;
+    let end = rest.iter().position(|&byte| byte == b'"')?;
+    std::str::from_utf8(&rest[..end]).ok()
+}
+
+/// The document without its seal, which must hold.
+fn unsealed(json: &[u8]) -> Result<Cow<'_, [u8]>, String> {
+    let Some((body, rest)) = split_last(json, CHECKSUM_KEY) else { return Ok(Cow::Borrowed(json)) };
+    let sum = format!("{:08x}{END}", crc32c::crc32c(body));
+    match split_last(body, WRITER_KEY) {
+        Some((open, _)) if rest == sum.as_bytes() => Ok(Cow::Owned([open, b"\n}"].concat())),
+        _ => Err("its checksum does not hold, so some of its bytes are not as they were written".to_owned()),
+    }
+}
+
+/// What lies before and after the last place of `key`.
+fn split_last<'a>(json: &'a [u8], key: &str) -> Option<(&'a [u8], &'a [u8])> {
+    let at = json.windows(key.len()).rposition(|window| window == key.as_bytes())?;
+    Some((&json[..at], &json[at + key.len()..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Recipe;
+
+    fn record() -> RunRecord {
+        let json = serde_json::json!({
+            "format": RUN_FORMAT,
+            "name": "calm-otter-3",
+            "id": "0123",
+            "config": RunConfig::new(Recipe::DcganTiny, "file:///faces"),
+            "dataset": {"digest": "d", "images": 128, "steps_per_epoch": 2},
+            "created": 1_700_000_000_000_u64,
+            "queued": 1_700_000_000_001_u64,
+            "status": "running",
+            "generation": 7,
+            "generations_reserved": 1_007,
+            "lineage": 1,
+            "origin": {"run": "old", "step": 3},
+            "step": 41,
+            "target_steps": 100,
+            "elapsed_ms": 12_345,
+            "workers": 2,
+            "pace_s": 0.5,
+            "checkpoint": {"step": 40, "weights_sha256": "ab".repeat(32)},
+            "weights_sha256": "",
+            "error": "line one,\n  \"crc32c\": \"line two",
+        });
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn a_sealed_record_comes_back_with_its_writer() {
+        let sealed = record().to_sealed_json("c0ffee-12");
+        assert_eq!(RunRecord::from_json(sealed.as_bytes()).unwrap(), record());
+        assert_eq!(writer_of(sealed.as_bytes()), Some("c0ffee-12"));
+        serde_json::from_str::<serde_json::Value>(&sealed).expect("it is JSON to everybody");
+    }
+
+    #[test]
+    fn a_record_without_a_seal_is_read() {
+        assert_eq!(RunRecord::from_json(record().to_json().as_bytes()).unwrap(), record());
+        assert_eq!(writer_of(record().to_json().as_bytes()), None);
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_torn_end_is_found() {
+        let sealed = record().to_sealed_json("c0ffee-12").into_bytes();
+        for at in 0..sealed.len() {
+            for bit in 0..8 {
+                let mut flipped = sealed.clone();
+                flipped[at] ^= 1 << bit;
+                assert!(RunRecord::from_json(&flipped).is_err(), "bit {bit} of byte {at}");
+            }
+            assert!(RunRecord::from_json(&sealed[..at]).is_err(), "cut to {at} bytes");
+        }
+    }
+
+    #[test]
+    fn every_byte_that_became_any_other_is_found() {
+        let sealed = record().to_sealed_json("c0ffee-12").into_bytes();
+        for at in 0..sealed.len() {
+            for other in (0..=255).filter(|&other| other != sealed[at]) {
+                let mut changed = sealed.clone();
+                changed[at] = other;
+                assert!(RunRecord::from_json(&changed).is_err(), "byte {at} became {other}");
+            }
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! [`LineFile`]: a text object that grows by lines. Objects cannot be appended to, so it is rewritten; the
-//! time between rewrites grows with the size, which bounds the bytes written per second.
+//! time between rewrites grows with the size, which bounds the bytes written per second. Each rewrite replaces the
+//! version before: a late one of a former coordinator would take lines away.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use takuma_store::Store;
+use takuma_store::{Store, Version};
 use tokio::time::Instant;
 
+use super::fenced;
 use super::persist::{Patience, persist};
 
 /// A small file is at most so old in the store.
@@ -17,9 +19,11 @@ const BYTES_PER_PERIOD: u64 = 256 << 10;
 /// The file's content and how much of it the store has.
 #[derive(Debug)]
 pub struct LineFile {
-    object: &'static str,
+    object: String,
     content: Vec<u8>,
     stored_bytes: usize,
+    /// None: there is no such object yet.
+    version: Option<Version>,
     stored: Instant,
 }
 
@@ -28,12 +32,13 @@ impl LineFile {
     ///
     /// # Errors
     /// The store does not answer.
-    pub async fn open(store: &Store, patience: &Patience, object: &'static str) -> Result<Self, String> {
-        let content = persist(patience, || store.get_if_exists(object)).await?.unwrap_or_default();
+    pub async fn open(store: &Store, patience: &Patience, object: String) -> Result<Self, String> {
+        let (content, version) = persist(patience, || store.get_versioned(&object)).await?.unzip();
+        let content = content.unwrap_or_default();
         // A line without an end is a torn one.
         let whole = content.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
         let content = content[..whole].to_vec();
-        Ok(Self { object, stored_bytes: content.len(), content, stored: Instant::now() })
+        Ok(Self { object, stored_bytes: content.len(), version, content, stored: Instant::now() })
     }
 
     /// Adds a line.
@@ -56,10 +61,10 @@ impl LineFile {
 
     /// Keeps only the first `count` lines.
     pub fn truncate(&mut self, count: usize) {
-        let ends = self.content.iter().enumerate().filter(|&(_, &byte)| byte == b'\n').map(|(at, _)| at + 1);
-        let keep = if count == 0 { 0 } else { ends.into_iter().nth(count - 1).unwrap_or(self.content.len()) };
-        if keep < self.content.len() {
-            self.content.truncate(keep);
+        let lines = self.content.split_inclusive(|&byte| byte == b'\n');
+        let kept = lines.filter(|line| *line != b"\n").take(count).collect::<Vec<_>>().concat();
+        if kept.len() < self.content.len() {
+            self.content = kept;
             // Whatever is added now, the store's version is another one.
             self.stored_bytes = usize::MAX;
         }
@@ -82,7 +87,10 @@ impl LineFile {
             return Ok(false);
         }
         let content = Bytes::copy_from_slice(&self.content);
-        persist(patience, || store.put(self.object, content.clone())).await?;
+        // Another version is a late write of a former coordinator: these lines stand in its place, since its workers
+        // send anew what is not among them.
+        let (object, known) = (&self.object, self.version.as_ref());
+        self.version = persist(patience, || fenced::write(store, object, &content, known, |_| false)).await?;
         self.stored_bytes = self.content.len();
         self.stored = Instant::now();
         Ok(true)
@@ -104,7 +112,7 @@ mod tests {
     async fn a_torn_last_line_is_dropped_and_growth_is_kept() {
         let store = Store::memory();
         store.put("m", "1\n2\n{\"torn").await.unwrap();
-        let mut file = LineFile::open(&store, &patience(), "m").await.unwrap();
+        let mut file = LineFile::open(&store, &patience(), "m".to_owned()).await.unwrap();
         assert_eq!(file.due(), None);
         file.push(&3);
         file.flush(&store, &patience()).await.unwrap();
@@ -115,12 +123,32 @@ mod tests {
     async fn truncation_reaches_the_store_even_at_equal_length() {
         let store = Store::memory();
         store.put("m", "1\n2\n").await.unwrap();
-        let mut file = LineFile::open(&store, &patience(), "m").await.unwrap();
+        let mut file = LineFile::open(&store, &patience(), "m".to_owned()).await.unwrap();
         file.truncate(1);
         file.push(&9);
         file.flush(&store, &patience()).await.unwrap();
         assert_eq!(store.get("m").await.unwrap(), "1\n9\n");
         file.truncate(0);
         assert_eq!(file.lines().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn empty_lines_do_not_count() {
+        let store = Store::memory();
+        store.put("m", "\n1\n\n2\n3\n").await.unwrap();
+        let mut file = LineFile::open(&store, &patience(), "m".to_owned()).await.unwrap();
+        file.truncate(2);
+        assert_eq!(file.lines().collect::<Vec<_>>(), [b"1", b"2"]);
+    }
+
+    #[tokio::test]
+    async fn a_late_write_of_a_former_coordinator_is_replaced() {
+        let store = Store::memory();
+        store.put("m", "1\n").await.unwrap();
+        let mut file = LineFile::open(&store, &patience(), "m".to_owned()).await.unwrap();
+        store.put("m", "1\n2, late\n").await.unwrap();
+        file.push(&2);
+        file.flush(&store, &patience()).await.unwrap();
+        assert_eq!(store.get("m").await.unwrap(), "1\n2\n");
     }
 }

@@ -62,6 +62,7 @@ fn is_refusal(error: &StoreError) -> bool {
                 .iter()
                 .any(|cause| reason.contains(cause))
         }
+        StoreError::NoAnswer { .. } | StoreError::Busy { .. } => false,
         _ => true,
     }
 }

@@ -3,6 +3,10 @@
 
 #![allow(dead_code)] // Each test program uses its part.
 
+pub mod cluster;
+pub mod door;
+pub mod faults;
+pub mod trainer;
 mod worker;
 
 use std::net::SocketAddr;

@@ -63,6 +63,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         buckets: arguments.bucket,
         access_key: arguments.access_key,
         secret_key: arguments.secret_key,
+        fenced: true,
     };
     takuma_s3::serve(listener, &settings, stop).await.context("cannot start")
 }
