@@ -217,7 +217,8 @@ impl Cluster {
         let here: Vec<SessionId> = change.members.iter().map(|member| member.session).collect();
         run.group = Some(Group::new(now, Stage::Training, change.members));
         for &session in &here {
-            if let Some(worker) = self.members.get_mut(session) {
+            // Who was put out in this moment, or failed by itself, has nothing to take over any more.
+            if let Some(worker) = self.members.get_mut(session).filter(|worker| worker.assigned.is_some()) {
                 worker.assigned = Some(new.clone());
             }
         }

@@ -63,8 +63,9 @@ impl Cluster {
         if outcome.is_ok() {
             run.reserved = run.reserved.max(reserved);
         } else {
-            // What the store did not take is asked for again when it is needed.
-            run.record.generations_reserved = run.reserved;
+            // What the store did not take is asked for again when it is needed. The record keeps the number: a later
+            // write that succeeds must not take back what an earlier one was confirmed for.
+            run.reserve_again = true;
         }
         if let Some(cause) = run.regroup_when_saved.take() {
             return match outcome {

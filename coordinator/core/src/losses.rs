@@ -4,7 +4,7 @@
 //! told by both of its ends. The group goes on as soon as one of these explanations fits.
 
 use crate::cluster::Cluster;
-use crate::event::{Action, Directive, FailureKind, MemberFailure, Refusal, RequestId, SessionId};
+use crate::event::{Action, Directive, FailureKind, Fence, MemberFailure, Refusal, RequestId, SessionId};
 use crate::membership::Leaving;
 use crate::run::{Member, Run, Stage, Suspicion};
 use crate::time::Timestamp;
@@ -170,6 +170,16 @@ impl Cluster {
         if joins {
             return self.on_change_failed(session, &failure);
         }
+        if failure.kind == FailureKind::Local
+            && let Some(present) = self.failed_before(session, &fence)
+        {
+            // It takes the news of the present group for a new membership.
+            self.direct(
+                session,
+                Directive::Abort { fence: present.clone(), message: failure.message.clone() },
+            );
+            return self.on_member_failed(session, MemberFailure { fence: present, ..failure });
+        }
         let until = self.now.plus_ms(self.options.link_grace_ms);
         let Some((run, rank)) = self.fenced("RunFailed", session, &fence) else { return };
         let step = run.record.step.max(failure.step);
@@ -197,6 +207,15 @@ impl Cluster {
                 self.settle_losses(&fence.run);
             }
         }
+    }
+
+    /// The present group of a member that failed by itself in one before it, and did not hear of the present one in time:
+    /// what is wrong with it is wrong in every group of this past.
+    fn failed_before(&self, session: SessionId, fence: &Fence) -> Option<Fence> {
+        let run = self.runs.get(&fence.run)?;
+        let is_member = run.group.as_ref().is_some_and(|group| group.rank_of(session).is_some());
+        let before = (run.record.lineage..run.record.generation).contains(&fence.generation);
+        (is_member && before).then(|| run.fence())
     }
 
     /// A member is out of the run for good, though connected: the others go on, if there are any.
