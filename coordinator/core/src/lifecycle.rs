@@ -24,7 +24,7 @@ impl Cluster {
         let wanted = config.workers.filter(|_| !waits).unwrap_or(1) as usize;
         let most = config.most_workers() as usize;
         let group: Vec<SessionId> =
-            self.idle().into_iter().filter(|&session| self.is_fit(session, &name)).take(most).collect();
+            self.idle().filter(|&session| self.is_fit(session, &name)).take(most).collect();
         if group.len() < wanted || run.submitter.is_some() {
             return;
         }

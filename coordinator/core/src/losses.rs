@@ -109,7 +109,7 @@ impl Cluster {
         let silent = |member: &&Member| {
             let worker = self.members.get(member.session);
             !member.parked
-                && worker.is_some_and(|worker| now.since_ms(worker.heard) > self.options.silence_ms)
+                && worker.is_some_and(|worker| now.since_ms(worker.heard()) > self.options.silence_ms)
         };
         let silent: Vec<(SessionId, String)> =
             group.members.iter().filter(silent).map(|m| (m.session, m.introduction.clone())).collect();
@@ -146,9 +146,7 @@ impl Cluster {
         let before = run.last_cut.replace((ends, run.record.step));
         if before == run.last_cut {
             self.expel(suspect.session, &cause);
-            if let Some(worker) = self.members.get_mut(suspect.session) {
-                worker.rests_until = rests_until;
-            }
+            self.members.rest(suspect.session, rests_until);
         }
         self.regroup(name, &cause);
     }
@@ -245,8 +243,8 @@ impl Cluster {
             let reason = "it said goodbye".to_owned();
             return self.out.push(Action::CloseSession { session, reason });
         }
-        let Some(worker) = self.members.get_mut(session) else { return };
-        worker.leaving = Some(Leaving::Goodbye);
+        self.members.note_leaving(session, Leaving::Goodbye);
+        let Some(worker) = self.members.get(session) else { return };
         if worker.assigned.is_none() {
             return self.say_farewell(session);
         }
@@ -258,7 +256,7 @@ impl Cluster {
         let free = self
             .members
             .get(session)
-            .is_some_and(|worker| worker.leaving == Some(Leaving::Goodbye) && worker.assigned.is_none());
+            .is_some_and(|worker| worker.leaving() == Some(Leaving::Goodbye) && worker.assigned.is_none());
         if free {
             self.direct(session, Directive::Farewell);
         }
@@ -295,7 +293,7 @@ impl Cluster {
                 format!("there is no worker '{name}'; 'takuma worker ls' lists those that are connected");
             return Err(Refusal::NotFound(message));
         };
-        if worker.leaving.is_some() {
+        if worker.leaving().is_some() {
             return Ok(());
         }
         if let Some(run) = worker.assigned.as_ref().map(|fence| fence.run.as_str())
@@ -306,10 +304,8 @@ impl Cluster {
                  another worker first"
             )));
         }
-        if let Some(worker) = self.members.get_mut(session) {
-            worker.leaving = Some(Leaving::Drained);
-            self.let_leave(session, "it is drained");
-        }
+        self.members.note_leaving(session, Leaving::Drained);
+        self.let_leave(session, "it is drained");
         Ok(())
     }
 
@@ -318,10 +314,10 @@ impl Cluster {
         let Some(group) = self.runs.get(name).and_then(|run| run.group.as_ref()) else { return true };
         let stays = |other: SessionId| {
             let worker = self.members.get(other);
-            other != session && worker.is_some_and(|worker| worker.leaving.is_none())
+            other != session && worker.is_some_and(|worker| worker.leaving().is_none())
         };
         group.rank_of(session).is_none()
             || group.members.iter().any(|member| stays(member.session))
-            || self.idle().into_iter().any(|idle| self.is_fit(idle, name))
+            || self.idle().any(|idle| self.is_fit(idle, name))
     }
 }

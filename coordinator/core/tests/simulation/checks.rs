@@ -30,6 +30,8 @@ pub struct Truth {
     pub broken: Option<(u64, u64)>,
     pub submitted: u64,
     pub accepted: Option<u64>,
+    /// Resumed in this life.
+    resumed: bool,
 }
 
 #[derive(Debug)]
@@ -68,6 +70,10 @@ impl Checks {
         for truth in self.truths.values_mut() {
             (truth.generation, truth.line) = (0, None);
             truth.committing.clear();
+            // What became of that is not known: the store may have another place for it.
+            if std::mem::take(&mut truth.resumed) {
+                (truth.submitted, truth.accepted) = (0, None);
+            }
         }
     }
 }
@@ -100,6 +106,7 @@ impl World {
             broken: None,
             submitted,
             accepted: None,
+            resumed: false,
         };
         self.checks.truths.insert(wanted.name.clone(), truth);
     }
@@ -119,6 +126,7 @@ impl World {
         let counter = self.checks.counter;
         if let Some(truth) = self.checks.truths.get_mut(run) {
             (truth.submitted, truth.accepted) = (counter, Some(counter));
+            truth.resumed = true;
         }
     }
 

@@ -60,7 +60,9 @@ impl World {
         let before = self.before(&event);
         let now = self.core_time();
         self.trace(|| format!("{} core {event:?}", now.0));
+        let begin = std::time::Instant::now();
         let actions = self.coordinator.cluster.apply(now, event);
+        self.stats.core_s += begin.elapsed().as_secs_f64();
         self.check_actions(&before, &actions);
         for action in actions {
             if !matches!(action, Action::PublishRun { .. }) {

@@ -16,6 +16,7 @@ mod process;
 mod report;
 mod ring;
 mod rng;
+mod scale;
 mod spool;
 mod state;
 mod store;

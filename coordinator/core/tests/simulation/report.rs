@@ -21,6 +21,8 @@ pub struct Stats {
     pub recoveries_ms: Vec<u64>,
     pub redone_max: u64,
     pub simulated_ms: u64,
+    /// Real time in the core.
+    pub core_s: f64,
 }
 
 impl Stats {
@@ -31,6 +33,7 @@ impl Stats {
         self.store_failures += other.store_failures;
         self.refusals += other.refusals;
         self.simulated_ms += other.simulated_ms;
+        self.core_s += other.core_s;
         self.redone_max = self.redone_max.max(other.redone_max);
         self.recoveries_ms.extend(&other.recoveries_ms);
         for (&fault, count) in &other.faults {

@@ -54,6 +54,7 @@ pub enum Ev {
     CoordinatorUp,
     CoordinatorResumes,
     Fault,
+    CrashCoordinator { away_ms: u64 },
     Person,
     Calm,
 }
@@ -150,6 +151,11 @@ impl World {
     pub fn schedule(&mut self, at: u64, event: Ev) {
         let sequence = self.fresh();
         self.queue.insert((at.max(self.now), sequence), event);
+    }
+
+    /// The coordinator dies at this time, and is away for so long.
+    pub fn crash_at(&mut self, at: u64, away_ms: u64) {
+        self.schedule(at, Ev::CrashCoordinator { away_ms });
     }
 
     /// Runs until every run has succeeded.
@@ -270,6 +276,11 @@ impl World {
             Ev::CoordinatorUp => self.restart_coordinator(),
             Ev::CoordinatorResumes => self.resume_coordinator(),
             Ev::Fault => self.next_fault(),
+            Ev::CrashCoordinator { away_ms } => {
+                self.crash_coordinator(false);
+                self.fault_done(Fault::CrashCoordinator);
+                self.schedule(self.now + away_ms, Ev::CoordinatorUp);
+            }
             Ev::Person => self.look_after_runs(),
             Ev::Calm => self.calm_down(),
             _ => {}
