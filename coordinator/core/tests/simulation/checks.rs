@@ -170,6 +170,7 @@ impl World {
                 }
                 Action::Direct { session, directive } => {
                     let open = self.sessions[session.0 as usize].life == self.coordinator.life
+                        && !self.sessions[session.0 as usize].ended
                         && !closed.contains(session);
                     self.check(open, || format!("{directive:?} to a session that is closed"));
                     let pid = self.sessions[session.0 as usize].pid;
@@ -309,6 +310,7 @@ impl World {
             .at(at)
             .is_some_and(|state| format!("{:016x}", state.hash) == manifest.weights_sha256);
         let first = truth.committing.insert(step);
+        let told = truth.line.is_none_or(|line| step <= line);
         self.check(same, || format!("{run}: the checkpoint of step {step} is another than without faults"));
         self.check(manifest.generation.0 >= lineage, || {
             format!(
@@ -316,6 +318,7 @@ impl World {
                 manifest.generation
             )
         });
+        self.check(told, || format!("{run}: step {step} is committed before its metrics are here"));
         self.check(first, || format!("{run}: the checkpoint of step {step} is committed twice at once"));
     }
 

@@ -114,8 +114,12 @@ impl World {
             Action::RefuseWorker { session, .. } => {
                 self.send_down(session.0 as usize, Down::Refused);
                 self.sessions[session.0 as usize].open_at_core = false;
+                self.sessions[session.0 as usize].ended = true;
             }
-            Action::CloseSession { session, .. } => self.close_core_end(session.0 as usize),
+            Action::CloseSession { session, .. } => {
+                self.sessions[session.0 as usize].ended = true;
+                self.close_core_end(session.0 as usize);
+            }
             Action::Direct { session, directive } => {
                 self.send_down(session.0 as usize, Down::Directive(directive));
             }

@@ -27,6 +27,7 @@ mod watch;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use plan::Plan;
 use report::Stats;
@@ -62,7 +63,7 @@ fn simulate(seed: u64) -> Stats {
 fn seeds() -> std::ops::Range<u64> {
     match number("TAKUMA_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("TAKUMA_SIM_WORLDS").unwrap_or(600),
+        None => 0..number("TAKUMA_SIM_WORLDS").unwrap_or(1_500),
     }
 }
 
@@ -70,16 +71,34 @@ fn seeds() -> std::ops::Range<u64> {
 fn runs_end_with_the_undisturbed_result_whatever_happens() {
     let threads = std::thread::available_parallelism().map_or(1, usize::from) as u64;
     let seeds = seeds();
+    // One failure is enough for all threads.
+    let failed = AtomicBool::new(false);
     let part = |first: u64| {
         let mut stats = Stats::default();
         for seed in (seeds.start + first..seeds.end).step_by(threads as usize) {
-            stats.add(&simulate(seed));
+            if failed.load(Ordering::Relaxed) {
+                break;
+            }
+            match catch_unwind(|| simulate(seed)) {
+                Ok(more) => stats.add(&more),
+                Err(panic) => {
+                    failed.store(true, Ordering::Relaxed);
+                    std::panic::resume_unwind(panic);
+                }
+            }
         }
         stats
     };
     let mut stats = Stats::default();
     std::thread::scope(|scope| {
-        let parts: Vec<_> = (0..threads).map(|first| scope.spawn(move || part(first))).collect();
+        let parts: Vec<_> = (0..threads)
+            .map(|first| {
+                scope.spawn({
+                    let part = &part;
+                    move || part(first)
+                })
+            })
+            .collect();
         for part in parts {
             stats.add(&part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         }

@@ -218,8 +218,10 @@ impl World {
         };
         let prepare = Rc::clone(&member.present);
         let result = match prepare.state {
-            StateSource::Fresh => Ok(Some(State::fresh(prepare.config.seed))),
-            StateSource::Checkpoint(step) => Ok(Some(self.read_checkpoint(&prepare.fence.run, step))),
+            StateSource::Fresh => Ok(Some(State::fresh(prepare.config.seed, prepare.fence.generation.0))),
+            StateSource::Checkpoint(step) => {
+                Ok(Some(self.read_checkpoint(&prepare.fence.run, step, prepare.fence.generation.0)))
+            }
             StateSource::Peers => self.probe(pid, &prepare).map(|()| None),
         };
         let Some(member) = &mut self.processes[pid].member else { return };

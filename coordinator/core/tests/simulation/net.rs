@@ -60,6 +60,8 @@ pub struct Session {
     pub life: u32,
     pub open_at_core: bool,
     pub open_at_worker: bool,
+    /// The core was told that it has ended, or has ended it.
+    pub ended: bool,
     /// What is under way is lost.
     broken: bool,
     /// When the last message of each direction arrives: a stream keeps its order.
@@ -78,12 +80,20 @@ impl Session {
             life,
             open_at_core: false,
             open_at_worker: false,
+            ended: false,
             broken: false,
             last: [now; 2],
             waits_up: VecDeque::new(),
             waits_down: VecDeque::new(),
             under_way: 0,
         }
+    }
+}
+
+impl Session {
+    /// Nothing comes before the hello, nor does the news of the end.
+    pub fn begins_at(&mut self, at: u64) {
+        self.last[0] = self.last[0].max(at);
     }
 }
 
@@ -217,6 +227,7 @@ impl World {
         session.open_at_core = false;
         session.broken = true;
         if session.life == self.coordinator.life {
+            self.sessions[s].ended = true;
             let reason = "its connection closed".to_owned();
             self.apply(Event::SessionEnded { session: SessionId(s as u64), reason });
         }

@@ -99,6 +99,7 @@ impl World {
         process.attempt = Some(s);
         let hello = process.hello();
         let at = self.now + self.latency();
+        self.sessions[s].begins_at(at);
         self.schedule(at, Ev::Hello { s, hello: Box::new(hello) });
         self.schedule(self.now + WELCOME_TIMEOUT_MS, Ev::WelcomeDue { pid, s });
     }

@@ -16,12 +16,15 @@ pub struct State {
     pub at: Position,
     /// Over all phases so far and the slots that fed them.
     pub hash: u64,
+    /// The generation that drew it from the seed or read it from a checkpoint. Real weights differ in their last bits
+    /// between two pasts, so these must not be mixed.
+    pub past: u64,
 }
 
 impl State {
     /// Drawn from the run's seed.
-    pub fn fresh(seed: u64) -> Self {
-        Self { at: Position::default(), hash: mix(seed) }
+    pub fn fresh(seed: u64, past: u64) -> Self {
+        Self { at: Position::default(), hash: mix(seed), past }
     }
 
     /// Applies a phase that was fed by these slots.
@@ -61,7 +64,7 @@ impl Undisturbed {
     pub fn new(seed: u64, steps: u64, global_batch: u32) -> Self {
         let all = SlotRange { first: 0, count: global_batch };
         let fed: Vec<u64> = (0..steps).map(|step| fed(step, all)).collect();
-        let mut states = vec![State::fresh(seed)];
+        let mut states = vec![State::fresh(seed, 0)];
         for &fed in &fed {
             for _ in 0..PHASES {
                 let mut next = *states.last().unwrap();

@@ -251,7 +251,7 @@ impl World {
     }
 
     /// The state in a checkpoint that a member was told to begin with.
-    pub fn read_checkpoint(&mut self, run: &str, step: Step) -> State {
+    pub fn read_checkpoint(&mut self, run: &str, step: Step, past: u64) -> State {
         let files = self.store.runs.get(run);
         let Some((weights, _)) = files.and_then(|files| files.checkpoints.get(&step)) else {
             self.violated(&format!(
@@ -259,7 +259,7 @@ impl World {
             ));
         };
         let hash = u64::from_str_radix(weights, 16).unwrap_or(0);
-        State { at: Position { step, phase: 0 }, hash }
+        State { at: Position { step, phase: 0 }, hash, past }
     }
 
     /// The coordinator dies: the call that is under way may have landed, all later ones have not.

@@ -53,9 +53,16 @@ impl World {
         }
         truth.newest = key.1;
         let anew = truth.groups.get(&key.1).is_some_and(|told| told.state != StateSource::Peers);
+        let (past, lineage) = (state.past, truth.lineage);
         let kept = truth.holders.iter().any(|pid| sums.holders.contains(pid));
         let redone = truth.furthest.saturating_sub(state.phases());
         (truth.furthest, truth.holders) = (state.phases(), seats.to_vec());
+        self.check(key.1 < lineage || past == lineage, || {
+            format!(
+                "{}: a group of generation {} goes on with state of {past}, but {lineage} has begun anew",
+                key.0, key.1
+            )
+        });
         if kept && !anew {
             self.stats.redone_max = self.stats.redone_max.max(redone);
             self.check(redone <= 1, || {
@@ -78,7 +85,7 @@ impl World {
     pub fn check_state(&mut self, pid: Pid, key: &Key, state: &State) {
         let now = self.now;
         let Some(truth) = self.checks.truths.get_mut(&key.0) else { return };
-        let same = truth.undisturbed.at(state.at) == Some(state);
+        let same = truth.undisturbed.at(state.at).is_some_and(|undisturbed| undisturbed.hash == state.hash);
         if key.1 == truth.newest {
             truth.furthest = truth.furthest.max(state.phases());
         }
