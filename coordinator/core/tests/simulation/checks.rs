@@ -6,6 +6,7 @@ use takuma_core::checkpoint::CheckpointManifest;
 use takuma_core::event::*;
 use takuma_core::record::{RunRecord, RunStatus};
 
+use crate::faults::Fault;
 use crate::plan::WantedRun;
 use crate::state::Undisturbed;
 use crate::world::{Pid, World};
@@ -26,8 +27,9 @@ pub struct Truth {
     pub newest: u64,
     pub furthest: u64,
     pub holders: Vec<Pid>,
-    /// A fault that broke the group, when nothing hindered its recovery: its time and the generation.
-    pub broken: Option<(u64, u64)>,
+    /// A fault that may break the group, when nothing hinders its recovery: its time, the generation and its kind, if it is
+    /// the only one.
+    pub broken: Option<(u64, u64, Option<Fault>)>,
     pub submitted: u64,
     pub accepted: Option<u64>,
     /// Resumed in this life.

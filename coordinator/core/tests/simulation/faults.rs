@@ -153,7 +153,7 @@ impl World {
         if self.processes[pid].stopped && fault != Fault::Kill {
             return;
         }
-        self.note_fault(pid);
+        self.note_fault(pid, fault);
         let until = self.now + self.duration();
         match fault {
             Fault::Kill => self.kill(pid),

@@ -18,7 +18,8 @@ pub struct Stats {
     /// Lines of the runs' events.
     pub kinds: BTreeMap<&'static str, u64>,
     /// From a fault until the next group of the survivors stands, where nothing but the fault was in the way.
-    pub recoveries_ms: Vec<u64>,
+    /// By its kind, if it was the only one in that time.
+    pub recoveries_ms: BTreeMap<Option<Fault>, Vec<u64>>,
     pub redone_max: u64,
     pub simulated_ms: u64,
     /// Real time in the core.
@@ -35,7 +36,9 @@ impl Stats {
         self.simulated_ms += other.simulated_ms;
         self.core_s += other.core_s;
         self.redone_max = self.redone_max.max(other.redone_max);
-        self.recoveries_ms.extend(&other.recoveries_ms);
+        for (&kind, times) in &other.recoveries_ms {
+            self.recoveries_ms.entry(kind).or_default().extend(times);
+        }
         for (&fault, count) in &other.faults {
             *self.faults.entry(fault).or_default() += count;
         }
@@ -44,21 +47,13 @@ impl Stats {
         }
     }
 
-    /// Recoveries in simulated milliseconds, so many hundredths of which were shorter.
-    fn quantile(&self, hundredths: usize) -> u64 {
-        let mut sorted = self.recoveries_ms.clone();
-        sorted.sort_unstable();
-        let place = (sorted.len() * hundredths / 100).min(sorted.len().saturating_sub(1));
-        sorted.get(place).copied().unwrap_or(0)
-    }
-
     pub fn kind(&self, kind: &str) -> u64 {
         self.kinds.get(kind).copied().unwrap_or(0)
     }
 
     pub fn table(&self) -> String {
         let mut table = String::new();
-        let mut row = |name: &str, value: String| writeln!(table, "  {name:<44}{value:>14}").unwrap();
+        let mut row = |name: &str, value: String| writeln!(table, "  {name:<72}{value:>24}").unwrap();
         row("seeds", self.seeds.to_string());
         row("simulated hours", format!("{:.1}", self.simulated_ms as f64 / 3.6e6));
         row("events applied by the core", self.events.to_string());
@@ -71,9 +66,15 @@ impl Stats {
         row("groups formed anew", self.kind("regrouping").to_string());
         row("changes between two steps", self.kind("regrouped").to_string());
         row("returns to a checkpoint or the beginning", self.kind("waiting").to_string());
-        row("recoveries measured", self.recoveries_ms.len().to_string());
-        let [p50, p99, max] = [50, 99, 100].map(|at| self.quantile(at));
-        row("recovery, simulated ms: p50 / p99 / max", format!("{p50} / {p99} / {max}"));
+        for (kind, times) in &self.recoveries_ms {
+            let mut sorted = times.clone();
+            sorted.sort_unstable();
+            let [p50, p99, max] = [50, 99, 100]
+                .map(|hundredths| sorted[(sorted.len() * hundredths / 100).min(sorted.len() - 1)]);
+            let what = kind.map_or("several faults", Fault::name);
+            let what = format!("{} recoveries from {what}, ms: p50 / p99 / max", sorted.len());
+            row(&what, format!("{p50} / {p99} / {max}"));
+        }
         row("phases redone by survivors, at most", self.redone_max.to_string());
         table
     }

@@ -3,6 +3,7 @@
 use takuma_core::event::*;
 use takuma_core::record::RunStatus;
 
+use crate::faults::Fault;
 use crate::ring::{Key, Sums};
 use crate::state::State;
 use crate::world::{Pid, World};
@@ -89,7 +90,7 @@ impl World {
         if key.1 == truth.newest {
             truth.furthest = truth.furthest.max(state.phases());
         }
-        if truth.broken.is_some_and(|(since, generation)| generation == key.1 && now > since + 3_000) {
+        if truth.broken.is_some_and(|(since, generation, _)| generation == key.1 && now > since + 3_000) {
             truth.broken = None;
         }
         self.check(same, || {
@@ -98,14 +99,17 @@ impl World {
     }
 
     /// A fault hits a worker.
-    pub fn note_fault(&mut self, pid: Pid) {
+    pub fn note_fault(&mut self, pid: Pid, fault: Fault) {
         let Some(member) = &self.processes[pid].member else { return };
         let (fence, now) = (member.present.fence.clone(), self.now);
         if !self.coordinator.up || self.coordinator.stopped || self.store_is_down() {
             return;
         }
         if let Some(truth) = self.checks.truths.get_mut(&fence.run) {
-            truth.broken.get_or_insert((now, fence.generation.0));
+            match &mut truth.broken {
+                Some((.., kind)) => *kind = None,
+                none => *none = Some((now, fence.generation.0, Some(fault))),
+            }
         }
     }
 
@@ -115,10 +119,10 @@ impl World {
         let Some(truth) = self.checks.truths.get_mut(&key.0) else { return };
         let told = truth.groups.get(&key.1);
         let here = told.is_some_and(|told| told.state == StateSource::Peers && told.when == When::Now);
-        if let Some((since, _)) = truth.broken.take_if(|(_, generation)| *generation < key.1)
+        if let Some((since, _, kind)) = truth.broken.take_if(|(_, generation, _)| *generation < key.1)
             && here
         {
-            self.stats.recoveries_ms.push(now - since);
+            self.stats.recoveries_ms.entry(kind).or_default().push(now - since);
         }
     }
 

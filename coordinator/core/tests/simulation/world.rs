@@ -291,10 +291,20 @@ impl World {
     pub fn resume(&mut self, pid: Pid) {
         let process = &mut self.processes[pid];
         if std::mem::take(&mut process.stopped) {
-            for event in std::mem::take(&mut process.held) {
-                self.schedule(self.now, event);
-            }
+            let held = std::mem::take(&mut process.held);
+            self.catch_up(held);
             self.try_rings();
+        }
+    }
+
+    /// What was held happens now, in its order and before all that comes now: streams keep their order.
+    fn catch_up(&mut self, held: Vec<Ev>) {
+        let mut place = 0;
+        for event in held {
+            while self.queue.contains_key(&(self.now, place)) {
+                place += 1;
+            }
+            self.queue.insert((self.now, place), event);
         }
     }
 
@@ -304,9 +314,7 @@ impl World {
             let (ticks, rest): (Vec<Ev>, Vec<Ev>) = std::mem::take(&mut self.coordinator.held)
                 .into_iter()
                 .partition(|event| matches!(event, Ev::Tick { .. }));
-            for event in rest.into_iter().chain(ticks) {
-                self.schedule(self.now, event);
-            }
+            self.catch_up(rest.into_iter().chain(ticks).collect());
         }
     }
 
