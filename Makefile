@@ -1,6 +1,6 @@
 # takuma's commands. `make demo` and `make test` do all set-up themselves.
 .DEFAULT_GOAL := help
-.PHONY: help demo build test image test-compose bench soak sim lint fmt clean setup
+.PHONY: help demo build test image test-compose bench soak sim planted lint fmt clean setup
 # The parts of a target depend on each other, and cargo uses all cores by itself.
 .NOTPARALLEL:
 
@@ -31,8 +31,13 @@ bench: build ## seconds per iteration beside PyTorch's, on this machine
 soak: build ## kill and stop workers, and the coordinator, for minutes beside an undisturbed run (SOAK_S, SOAK_EVERY_S); prints a table
 	@$(CARGO) test --release --locked --workspace --test soak -- --ignored --nocapture
 
-sim: setup ## the coordinator's decisions under SEEDS random schedules (default 20000)
-	@TAKUMA_SIM_SEEDS=$(or $(SEEDS),20000) $(CARGO) test --release --locked --workspace --test properties -- --nocapture
+# The core alone: neither of the two needs libtorch.
+sim: ## the coordinator's decisions in SEEDS random schedules and SEEDS simulated clusters (default 20000), and a table
+	@TAKUMA_SIM_SEEDS=$(or $(SEEDS),20000) TAKUMA_SIM_WORLDS=$(or $(SEEDS),20000) \
+		$(CARGO) test --release --locked -p takuma-core --test properties --test simulation -- --nocapture
+
+planted: ## plant bugs in copies of the coordinator's core: each must be caught by the simulation
+	@scripts/planted-bugs.sh
 
 lint: setup ## format, clippy, arrows and file sizes
 	@$(CARGO) fmt --all --check

@@ -26,13 +26,15 @@ pub(crate) struct Speed {
 }
 
 impl Speed {
-    fn look(&mut self, step: Step, slot_s: f64) {
+    /// Returns whether it is time to judge the shares.
+    fn look(&mut self, step: Step, slot_s: f64) -> bool {
         if step == self.step || slot_s <= 0.0 {
-            return;
+            return false;
         }
         self.step = step;
         self.looks += 1;
         self.slot_s = if self.slot_s == 0.0 { slot_s } else { self.slot_s + NEWEST * (slot_s - self.slot_s) };
+        self.looks.is_multiple_of(LOOKS)
     }
 
     /// What is known of it in another group.
@@ -48,14 +50,14 @@ impl Cluster {
             return;
         };
         let Some(run) = self.runs.get_mut(&progress.fence.run) else { return };
-        if run.record.generation != progress.fence.generation {
+        if !run.record.config.balance || run.record.generation != progress.fence.generation {
             return;
         }
         let Some(group) = run.group.as_mut().filter(|group| group.stage == Stage::Training) else { return };
         let Some(rank) = group.rank_of(session) else { return };
         let member = &mut group.members[rank];
         let slots = f64::from(member.slots.count.max(1));
-        member.speed.look(progress.step, progress.times.compute_s / slots);
+        run.speeds_changed |= member.speed.look(progress.step, progress.times.compute_s / slots);
     }
 
     /// Seconds for a slot of each of these workers; who is not known yet counts as the mean of the others.
@@ -74,7 +76,11 @@ impl Cluster {
 
     /// Begins a change to shares that follow the speeds, if that is wanted and worth it.
     pub(crate) fn balance(&mut self, name: &str) {
-        let Some(run) = self.runs.get(name).filter(|run| run.record.config.balance) else { return };
+        let Some(run) = self.runs.get_mut(name).filter(|run| run.record.config.balance) else { return };
+        if !std::mem::take(&mut run.speeds_changed) {
+            return;
+        }
+        let Some(run) = self.runs.get(name) else { return };
         let Some(group) = &run.group else { return };
         if group.members.iter().any(|member| member.speed.looks < LOOKS) {
             return;

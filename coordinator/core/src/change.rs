@@ -1,11 +1,13 @@
 //! A planned change of a group: workers join or leave while the others train on, and all change over
 //! between two steps.
 
+use std::collections::BTreeSet;
+
 use crate::cluster::Cluster;
 use crate::event::{Directive, FailureKind, Fence, MemberFailure, SessionId, StateSource, When};
 use crate::membership::Leaving;
 use crate::record::RunStatus;
-use crate::run::{Change, Group, Run, Stage};
+use crate::run::{Change, Group, Member, Run, Stage};
 use crate::time::Timestamp;
 
 impl Cluster {
@@ -14,33 +16,31 @@ impl Cluster {
         let Some(run) = self.active_run() else { return };
         let name = run.record.name.clone();
         let Some(group) = &run.group else { return };
-        let steady = group.stage == Stage::Training
-            && group.suspicion.is_none()
-            && group
-                .members
-                .iter()
-                .all(|member| member.away.is_none() && !member.parked && member.ended.is_none());
-        if !steady || run.change.is_some() || run.pausing || run.record.status != RunStatus::Running {
+        let steady = |group: &Group| {
+            let is_steady =
+                |member: &Member| member.away.is_none() && !member.parked && member.ended.is_none();
+            group.stage == Stage::Training && group.suspicion.is_none() && group.members.iter().all(is_steady)
+        };
+        if run.change.is_some() || run.pausing || run.record.status != RunStatus::Running || !steady(group) {
             return;
         }
-        let leaves =
-            |session: &SessionId| self.members.get(*session).is_some_and(|worker| worker.leaving.is_some());
-        let mut sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
-        let before = sessions.len();
-        let Some(&carrier) = sessions.first() else { return };
-        sessions.retain(|session| !leaves(session));
-        let stay = sessions.len();
+        let leavers: BTreeSet<SessionId> =
+            self.members.leaving().filter(|&session| group.rank_of(session).is_some()).collect();
+        let before = group.members.len();
+        let stay = before - leavers.len();
         let most = run.record.config.most_workers() as usize;
-        let goes = group.members.iter().any(|member| {
-            let worker = self.members.get(member.session);
-            worker.is_some_and(|worker| worker.leaving == Some(Leaving::Goodbye))
+        let joiners = self.idle().filter(|&session| self.is_fit(session, &name));
+        let mut joiners: Vec<SessionId> = joiners.take(most.saturating_sub(stay)).collect();
+        if leavers.is_empty() && joiners.is_empty() {
+            return self.balance(&name);
+        }
+        let mut sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
+        let Some(&carrier) = sessions.first() else { return };
+        sessions.retain(|session| !leavers.contains(session));
+        let goes = leavers.iter().any(|&session| {
+            let worker = self.members.get(session);
+            worker.is_some_and(|worker| worker.leaving() == Some(Leaving::Goodbye))
         });
-        let mut joiners: Vec<SessionId> = self
-            .idle()
-            .into_iter()
-            .filter(|&session| self.is_fit(session, &name))
-            .take(most.saturating_sub(stay))
-            .collect();
         if stay == 0 && !joiners.is_empty() {
             // Somebody has to bring the state along: one of those who leave goes only with the next change. Where
             // there is no room for it, a checkpoint carries the state over.
@@ -58,14 +58,18 @@ impl Cluster {
             };
         }
         if stay < before || sessions.len() > stay {
-            return self.begin_change(&name, &sessions);
+            self.begin_change(&name, &sessions);
         }
-        self.balance(&name);
     }
 
     /// Workers that can be given work: four heartbeats without one are too many.
-    pub(crate) fn idle(&self) -> Vec<SessionId> {
-        self.members.idle(self.now, self.options.heartbeat_timeout_ms * 2 / 5)
+    pub(crate) fn idle(&self) -> impl Iterator<Item = SessionId> {
+        self.members.idle(self.now, self.lately_ms())
+    }
+
+    /// Who was not heard of within so long may be gone.
+    pub(crate) fn lately_ms(&self) -> u64 {
+        self.options.heartbeat_timeout_ms * 2 / 5
     }
 
     /// Whether a worker may work at a run: it has not failed at it before.
@@ -145,9 +149,7 @@ impl Cluster {
         let who = self.members.get(blamed).map_or(String::new(), |worker| worker.introduction());
         self.drop_change(&name);
         for session in resting {
-            if let Some(worker) = self.members.get_mut(session) {
-                worker.rests_until = rests_until;
-            }
+            self.members.rest(session, rests_until);
         }
         // What is wrong with the worker itself does not pass.
         let process_id = self.members.get(blamed).map(|worker| worker.hello.process_id.clone());
@@ -178,9 +180,7 @@ impl Cluster {
         self.drop_change(name);
         let rests_until = self.now.plus_ms(self.options.progress_timeout_ms);
         for (session, who) in late {
-            if let Some(worker) = self.members.get_mut(session) {
-                worker.rests_until = rests_until;
-            }
+            self.members.rest(session, rests_until);
             let seconds = self.options.progress_timeout_ms / 1000;
             let message = format!("{who} cannot take part: it was not ready within {seconds} s");
             self.record(name, "change_failed", "", message);
@@ -218,14 +218,15 @@ impl Cluster {
         let here: Vec<SessionId> = change.members.iter().map(|member| member.session).collect();
         run.group = Some(Group::new(now, Stage::Training, change.members));
         for &session in &here {
-            if let Some(worker) = self.members.get_mut(session) {
+            // Who was put out in this moment, or failed by itself, has nothing to take over any more.
+            if let Some(worker) = self.members.get_mut(session).filter(|worker| worker.assigned.is_some()) {
                 worker.assigned = Some(new.clone());
             }
         }
         for member in former.iter().filter(|member| !here.contains(&member.session)) {
             if let Some(worker) = self.members.get_mut(member.session) {
                 worker.assigned = None;
-                let drained = worker.leaving == Some(Leaving::Drained);
+                let drained = worker.leaving() == Some(Leaving::Drained);
                 let directive = Directive::Release(fence.clone());
                 self.direct(member.session, directive);
                 self.say_farewell(member.session);

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::event::{Action, Directive, Event, Fence, Hello, Refusal, RunEvent, SessionId};
 use crate::losses::Loss;
-use crate::membership::{MAX_WORKERS, Membership, Worker};
+use crate::membership::{MAX_WORKERS, Membership};
 use crate::names;
 use crate::record::RunStatus;
 use crate::run::{Group, Member, Run, Stage};
@@ -65,6 +65,8 @@ impl Options {
 pub struct Cluster {
     pub(crate) options: Options,
     pub(crate) now: Timestamp,
+    /// Nothing is due before it. Heartbeats may have put it off.
+    deadline: Option<Timestamp>,
     pub(crate) members: Membership,
     pub(crate) runs: BTreeMap<String, Run>,
     /// Names that stand in the store and cannot be read.
@@ -86,6 +88,7 @@ impl Cluster {
         Self {
             options,
             now: Timestamp::default(),
+            deadline: None,
             members: Membership::default(),
             runs: BTreeMap::new(),
             reserved: BTreeSet::new(),
@@ -99,14 +102,20 @@ impl Cluster {
 
     /// Takes in what happened and returns what to do, in order.
     pub fn apply(&mut self, now: Timestamp, event: Event) -> Vec<Action> {
-        let promised = self.next_deadline();
         self.now = self.now.max(now);
-        if matches!(event, Event::Ticked) && promised.is_some_and(|at| self.now.since_ms(at) > OVERSLEPT_MS) {
+        if matches!(event, Event::Ticked)
+            && self.deadline.is_some_and(|at| self.now.since_ms(at) > OVERSLEPT_MS)
+        {
             self.forgive_silence();
         }
+        let changes_nothing = self.changes_nothing(&event);
         self.dispatch(event);
-        self.expire();
-        self.schedule();
+        let unbalanced = self.active_run().is_some_and(|run| run.speeds_changed);
+        if !changes_nothing || unbalanced {
+            self.expire();
+            self.schedule();
+            self.deadline = self.find_deadline();
+        }
         let changed = std::mem::take(&mut self.changed);
         self.out.extend(changed.into_iter().map(|run| Action::PublishRun { run }));
         std::mem::take(&mut self.out)
@@ -115,8 +124,24 @@ impl Cluster {
     /// When [`Event::Ticked`] is due, if nothing else happens before.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Timestamp> {
-        let silence = |worker: &Worker| worker.heard.plus_ms(self.options.heartbeat_timeout_ms + 1);
-        let silent = self.members.iter().map(|(_, worker)| silence(worker)).min();
+        self.deadline
+    }
+
+    /// Whether an event only tells that a worker lives that nobody has missed: most events of a large cluster do. Then
+    /// nothing new is due, and nobody new can be given work.
+    fn changes_nothing(&self, event: &Event) -> bool {
+        let Event::HeartbeatReceived { session, .. } = event else { return false };
+        let missed = self.members.get(*session).is_some_and(|worker| {
+            worker.assigned.is_none() && self.now.since_ms(worker.heard()) > self.lately_ms()
+        });
+        let group = self.active_run().and_then(|run| run.group.as_ref());
+        let suspects = group.is_some_and(|group| group.suspicion.is_some());
+        !missed && !suspects && self.deadline.is_none_or(|at| at > self.now)
+    }
+
+    fn find_deadline(&self) -> Option<Timestamp> {
+        let silent = self.members.longest_silent();
+        let silent = silent.map(|heard| heard.plus_ms(self.options.heartbeat_timeout_ms + 1));
         let rested = self.members.next_rested(self.now);
         let run = self.active_run();
         let reunion = run.and_then(|run| run.reunion.as_ref()).map(|reunion| reunion.until);
@@ -133,10 +158,9 @@ impl Cluster {
 
     fn dispatch(&mut self, event: Event) {
         if let Some(session) = session_of(&event) {
-            match self.members.get_mut(session) {
-                Some(worker) => worker.heard = self.now,
-                // The rest of a session that the core has closed.
-                None => return,
+            // The rest of a session that the core has closed.
+            if !self.members.note_sign(self.now, session) {
+                return;
             }
         }
         match event {
@@ -369,23 +393,13 @@ impl Cluster {
     fn forgive_silence(&mut self) {
         let sessions: Vec<SessionId> = self.members.iter().map(|(session, _)| session).collect();
         for session in sessions {
-            if let Some(worker) = self.members.get_mut(session) {
-                worker.heard = self.now;
-            }
+            self.members.note_sign(self.now, session);
         }
     }
 
     fn expire(&mut self) {
         self.members.prune(self.now);
-        let timeout_ms = self.options.heartbeat_timeout_ms;
-        let now = self.now;
-        let silent: Vec<(SessionId, u64)> = self
-            .members
-            .iter()
-            .map(|(session, worker)| (session, now.since_ms(worker.heard)))
-            .filter(|&(_, silence_ms)| silence_ms > timeout_ms)
-            .collect();
-        for (session, silence_ms) in silent {
+        for (session, silence_ms) in self.members.silent(self.now, self.options.heartbeat_timeout_ms) {
             let how = format!("it sent no heartbeat for {:.1} s", silence_ms as f64 / 1000.0);
             self.lose(session, &how, Loss::ForGood);
             self.out.push(Action::CloseSession { session, reason: how });
@@ -395,7 +409,9 @@ impl Cluster {
             self.settle_losses(&name);
             self.expire_change(&name);
         }
-        self.expire_progress();
+        if self.deadline.is_some_and(|at| at <= self.now) {
+            self.expire_progress();
+        }
     }
 
     /// Members that somebody waits for, each with the time at which it counts as stuck.

@@ -10,6 +10,7 @@ use crate::event::{
 use crate::ids::{Generation, Step};
 use crate::layout::part_of_file;
 use crate::record::CheckpointMark;
+use crate::run::Gap;
 
 impl Cluster {
     pub(crate) fn on_heartbeat(&mut self, session: SessionId, progress: Progress) {
@@ -32,7 +33,15 @@ impl Cluster {
             let cause = format!("step {} was reported after step {last} of {target}", report.step);
             return self.fail(&name, &cause);
         }
-        if report.step > last + 1 {
+        let gap = (report.step > last + 1).then(|| run.results.note_gap(last, report.step));
+        if gap == Some(Gap::New) {
+            // It was on its way when the group was taken up again; those before it were refused then.
+            self.tell_kept(session, &name, true);
+        }
+        if let Some(Gap::New | Gap::Asked) = gap {
+            return self.out.push(Action::RefuseStale { session, what: "StepReport", fence });
+        }
+        if gap == Some(Gap::Lost) {
             let message = format!("metrics of steps {} to {} were lost", last + 1, report.step - 1);
             self.record(&name, "metrics_lost", "", message);
         }
@@ -84,6 +93,15 @@ impl Cluster {
     pub(crate) fn on_tile(&mut self, session: SessionId, tile: Tile) {
         let who = self.members.get(session).map_or(String::new(), |worker| worker.introduction());
         let Some(run) = self.same_past("SampleTile", session, &tile.fence) else { return };
+        if let Some(lost) = run.results.make_room(&tile) {
+            self.record(
+                &tile.fence.run,
+                "sample_lost",
+                "",
+                format!("the grid of step {lost} never became whole"),
+            );
+        }
+        let Some(run) = self.runs.get_mut(&tile.fence.run) else { return };
         match run.results.add_tile(&tile) {
             Ok(None) => {}
             Ok(Some(pixels)) => {

@@ -24,7 +24,7 @@ impl Cluster {
         let wanted = config.workers.filter(|_| !waits).unwrap_or(1) as usize;
         let most = config.most_workers() as usize;
         let group: Vec<SessionId> =
-            self.idle().into_iter().filter(|&session| self.is_fit(session, &name)).take(most).collect();
+            self.idle().filter(|&session| self.is_fit(session, &name)).take(most).collect();
         if group.len() < wanted || run.submitter.is_some() {
             return;
         }
@@ -63,8 +63,9 @@ impl Cluster {
         if outcome.is_ok() {
             run.reserved = run.reserved.max(reserved);
         } else {
-            // What the store did not take is asked for again when it is needed.
-            run.record.generations_reserved = run.reserved;
+            // What the store did not take is asked for again when it is needed. The record keeps the number: a later
+            // write that succeeds must not take back what an earlier one was confirmed for.
+            run.reserve_again = true;
         }
         if let Some(cause) = run.regroup_when_saved.take() {
             return match outcome {

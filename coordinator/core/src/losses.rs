@@ -5,7 +5,7 @@
 
 use crate::cluster::Cluster;
 use crate::config::OnNan;
-use crate::event::{Action, Directive, FailureKind, MemberFailure, Refusal, RequestId, SessionId};
+use crate::event::{Action, Directive, FailureKind, Fence, MemberFailure, Refusal, RequestId, SessionId};
 use crate::ids::Step;
 use crate::membership::Leaving;
 use crate::record::RunStatus;
@@ -115,7 +115,7 @@ impl Cluster {
         let silent = |member: &&Member| {
             let worker = self.members.get(member.session);
             !member.parked
-                && worker.is_some_and(|worker| now.since_ms(worker.heard) > self.options.silence_ms)
+                && worker.is_some_and(|worker| now.since_ms(worker.heard()) > self.options.silence_ms)
         };
         let silent: Vec<(SessionId, String)> =
             group.members.iter().filter(silent).map(|m| (m.session, m.introduction.clone())).collect();
@@ -152,9 +152,7 @@ impl Cluster {
         let before = run.last_cut.replace((ends, run.record.step));
         if before == run.last_cut {
             self.expel(suspect.session, &cause);
-            if let Some(worker) = self.members.get_mut(suspect.session) {
-                worker.rests_until = rests_until;
-            }
+            self.members.rest(suspect.session, rests_until);
         }
         self.regroup(name, &cause);
     }
@@ -175,6 +173,16 @@ impl Cluster {
         });
         if joins {
             return self.on_change_failed(session, &failure);
+        }
+        if failure.kind == FailureKind::Local
+            && let Some(present) = self.failed_before(session, &fence)
+        {
+            // It takes the news of the present group for a new membership.
+            self.direct(
+                session,
+                Directive::Abort { fence: present.clone(), message: failure.message.clone() },
+            );
+            return self.on_member_failed(session, MemberFailure { fence: present, ..failure });
         }
         let until = self.now.plus_ms(self.options.link_grace_ms);
         let Some((run, rank)) = self.fenced("RunFailed", session, &fence) else { return };
@@ -217,6 +225,15 @@ impl Cluster {
         if rolls_back { self.roll_back(name, step, cause) } else { self.fail(name, cause) }
     }
 
+    /// The present group of a member that failed by itself in one before it, and did not hear of the present one in time:
+    /// what is wrong with it is wrong in every group of this past.
+    fn failed_before(&self, session: SessionId, fence: &Fence) -> Option<Fence> {
+        let run = self.runs.get(&fence.run)?;
+        let is_member = run.group.as_ref().is_some_and(|group| group.rank_of(session).is_some());
+        let before = (run.record.lineage..run.record.generation).contains(&fence.generation);
+        (is_member && before).then(|| run.fence())
+    }
+
     /// A member is out of the run for good, though connected: the others go on, if there are any.
     fn out_of_group(&mut self, session: SessionId, name: &str, cause: &str) {
         if let Some(worker) = self.members.get_mut(session) {
@@ -244,8 +261,8 @@ impl Cluster {
             let reason = "it said goodbye".to_owned();
             return self.out.push(Action::CloseSession { session, reason });
         }
-        let Some(worker) = self.members.get_mut(session) else { return };
-        worker.leaving = Some(Leaving::Goodbye);
+        self.members.note_leaving(session, Leaving::Goodbye);
+        let Some(worker) = self.members.get(session) else { return };
         if worker.assigned.is_none() {
             return self.say_farewell(session);
         }
@@ -257,7 +274,7 @@ impl Cluster {
         let free = self
             .members
             .get(session)
-            .is_some_and(|worker| worker.leaving == Some(Leaving::Goodbye) && worker.assigned.is_none());
+            .is_some_and(|worker| worker.leaving() == Some(Leaving::Goodbye) && worker.assigned.is_none());
         if free {
             self.direct(session, Directive::Farewell);
         }
@@ -294,7 +311,7 @@ impl Cluster {
                 format!("there is no worker '{name}'; 'takuma worker ls' lists those that are connected");
             return Err(Refusal::NotFound(message));
         };
-        if worker.leaving.is_some() {
+        if worker.leaving().is_some() {
             return Ok(());
         }
         if let Some(run) = worker.assigned.as_ref().map(|fence| fence.run.as_str())
@@ -305,10 +322,8 @@ impl Cluster {
                  another worker first"
             )));
         }
-        if let Some(worker) = self.members.get_mut(session) {
-            worker.leaving = Some(Leaving::Drained);
-            self.let_leave(session, "it is drained");
-        }
+        self.members.note_leaving(session, Leaving::Drained);
+        self.let_leave(session, "it is drained");
         Ok(())
     }
 
@@ -317,10 +332,10 @@ impl Cluster {
         let Some(group) = self.runs.get(name).and_then(|run| run.group.as_ref()) else { return true };
         let stays = |other: SessionId| {
             let worker = self.members.get(other);
-            other != session && worker.is_some_and(|worker| worker.leaving.is_none())
+            other != session && worker.is_some_and(|worker| worker.leaving().is_none())
         };
         group.rank_of(session).is_none()
             || group.members.iter().any(|member| stays(member.session))
-            || self.idle().into_iter().any(|idle| self.is_fit(idle, name))
+            || self.idle().any(|idle| self.is_fit(idle, name))
     }
 }

@@ -144,8 +144,9 @@ impl Cluster {
         let record = &mut run.record;
         let planned = run.change.as_ref().map_or(record.generation, |change| change.generation);
         let next = record.generation.max(planned).max(run.floor).next();
-        if next.ahead(GENERATIONS_AHEAD / 2) > record.generations_reserved {
-            record.generations_reserved = next.ahead(GENERATIONS_AHEAD);
+        let short = next.ahead(GENERATIONS_AHEAD / 2) > record.generations_reserved;
+        if std::mem::take(&mut run.reserve_again) || short {
+            record.generations_reserved = record.generations_reserved.max(next.ahead(GENERATIONS_AHEAD));
             self.save(name, true);
         }
         let run = self.runs.get_mut(name).filter(|run| next <= run.reserved)?;

@@ -8,6 +8,7 @@ use crate::ids::Generation;
 use crate::names;
 use crate::record::{DatasetFacts, RUN_FORMAT, RunRecord, RunStatus};
 use crate::run::Run;
+use crate::time::Timestamp;
 
 /// Runs that may wait; more is a script gone wild.
 const MAX_QUEUE: usize = 1_000;
@@ -58,7 +59,7 @@ impl Cluster {
             config: submission.config.clone(),
             dataset,
             created: self.now,
-            queued: self.now,
+            queued: self.end_of_queue(),
             status: RunStatus::Queued,
             generation: Generation(0),
             generations_reserved: Generation(0),
@@ -73,6 +74,14 @@ impl Cluster {
             weights_sha256: String::new(),
             error: String::new(),
         })
+    }
+
+    /// When a run that is queued now counts as queued: after all others, also if the clock of the coordinator before
+    /// was ahead of this one's. A restart finds the order by it.
+    fn end_of_queue(&self) -> Timestamp {
+        let waits = |run: &&Run| matches!(run.record.status, RunStatus::Queued | RunStatus::Waiting);
+        let last = self.runs.values().filter(waits).map(|run| run.record.queued).max();
+        last.map_or(self.now, |last| self.now.max(last.plus_ms(1)))
     }
 
     pub(crate) fn on_submitted(&mut self, request: RequestId, submission: Submission) {
@@ -181,7 +190,7 @@ impl Cluster {
     }
 
     fn resume(&mut self, name: &str, dataset: &DatasetManifest) -> Result<(), Refusal> {
-        let now = self.now;
+        let queued = self.end_of_queue();
         let Some(run) = self.runs.get_mut(name) else { return Ok(()) };
         let refused = |message: String| Err(Refusal::Precondition(message));
         match run.record.status {
@@ -205,7 +214,7 @@ impl Cluster {
             ));
         }
         run.record.status = RunStatus::Queued;
-        run.record.queued = now;
+        run.record.queued = queued;
         run.record.error.clear();
         run.record.weights_sha256.clear();
         run.unfit.clear();

@@ -1,6 +1,6 @@
 //! Members that come back: to a coordinator that was restarted, or over a new session.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cluster::Cluster;
 use crate::event::{Claim, Directive, Fence, Peer, SessionId, Stored};
@@ -176,13 +176,14 @@ impl Cluster {
     /// Takes the group up again when all its members are back, or without those who do not come.
     pub(crate) fn expire_reunion(&mut self, name: &str) {
         let Some(reunion) = self.runs.get(name).and_then(|run| run.reunion.as_ref()) else { return };
-        let newest = reunion.claims.values().max_by_key(|claim| claim.fence.generation).cloned();
-        let complete = newest.as_ref().is_some_and(|newest| {
+        let newest = reunion.claims.values().max_by_key(|claim| claim.fence.generation);
+        let complete = newest.is_some_and(|newest| {
             newest.members.iter().all(|peer| self.members.session_of_process(&peer.process_id).is_some())
         });
         if !complete && self.now < reunion.until {
             return;
         }
+        let newest = newest.cloned();
         let run = self.runs.get_mut(name);
         let claims =
             run.and_then(|run| run.reunion.take()).map_or_else(BTreeMap::new, |reunion| reunion.claims);
@@ -190,10 +191,10 @@ impl Cluster {
             let cause = "the coordinator was restarted, and none of the run's workers came back";
             return self.wait_for_workers(name, cause);
         };
+        let processes: BTreeSet<&str> = newest.members.iter().map(|peer| peer.process_id.as_str()).collect();
         let belongs = |session: SessionId| {
             let worker = self.members.get(session);
-            let is = |peer: &Peer| worker.is_some_and(|worker| worker.hello.process_id == peer.process_id);
-            newest.members.iter().any(is)
+            worker.is_some_and(|worker| processes.contains(worker.hello.process_id.as_str()))
         };
         let (mine, others): (BTreeMap<SessionId, Claim>, BTreeMap<SessionId, Claim>) =
             claims.into_iter().partition(|&(session, _)| belongs(session));
@@ -251,10 +252,9 @@ impl Cluster {
 
     /// A member of the newest claim's group as it is now: back, or away.
     fn returned(&self, peer: &Peer, newest: &Claim, claims: &BTreeMap<SessionId, Claim>) -> Member {
-        let found = claims.iter().find_map(|(&session, claim)| {
-            let worker = self.members.get(session)?;
-            (worker.hello.process_id == peer.process_id).then_some((session, claim, worker))
-        });
+        let session = self.members.session_of_process(&peer.process_id);
+        let found =
+            session.and_then(|session| Some((session, claims.get(&session)?, self.members.get(session)?)));
         let gone = (self.now, "it did not come back to the restarted coordinator".to_owned());
         let same_ring = |claim: &Claim| claim.fence == newest.fence && claim.changes_to.is_none();
         Member {

@@ -15,8 +15,9 @@ use crate::time::Timestamp;
 
 /// Weight of the newest step in the running means: about the last 20 steps count.
 const MEAN_WEIGHT: f64 = 0.1;
-/// Grids that are begun and not whole. Members are never more than one grid apart, so this is never reached.
-const MAX_OPEN_GRIDS: usize = 16;
+/// Grids that are begun and not whole: as many as a worker keeps tiles for. After an absence of the coordinator one
+/// member may send all of its tiles before the next one sends any.
+const MAX_OPEN_GRIDS: usize = 64;
 /// Limits against absurd tiles: 4096 cells, images of 1024 pixels, 256 MiB in all.
 const MAX_CELLS: u32 = 4096;
 const MAX_SIDE: u32 = 1024;
@@ -43,6 +44,8 @@ pub struct Run {
     pub training_since: Option<Timestamp>,
     /// Generations that the store has reserved for sure.
     pub reserved: Generation,
+    /// The store did not take a reservation.
+    pub reserve_again: bool,
     /// No generation up to this one is given out any more.
     pub floor: Generation,
     /// A group is to be formed as soon as the store has reserved a generation for it, and why.
@@ -53,6 +56,8 @@ pub struct Run {
     pub last_cut: Option<([String; 2], Step)>,
     /// Workers that failed at this run by themselves, and of what.
     pub unfit: BTreeMap<String, String>,
+    /// Members were looked at often enough to judge their shares anew.
+    pub(crate) speeds_changed: bool,
     /// The client that waits for the first save.
     pub submitter: Option<RequestId>,
 }
@@ -72,11 +77,13 @@ impl Run {
             results: Results::default(),
             training_since: None,
             reserved,
+            reserve_again: false,
             floor: Generation::default(),
             regroup_when_saved: None,
             pausing: false,
             last_cut: None,
             unfit: BTreeMap::new(),
+            speeds_changed: false,
             submitter,
         }
     }
@@ -262,6 +269,9 @@ pub struct Results {
     pub early: BTreeMap<Step, (SessionId, Upload)>,
     /// What the store has.
     pub stored: Stored,
+    /// Metrics came with a gap before them, and all since were asked for again: the last step before the gap, and the
+    /// furthest one behind it that has come.
+    pub gap: Option<(Step, Step)>,
 }
 
 impl Results {
@@ -285,9 +295,6 @@ impl Results {
         if self.has_grid(tile.step, tile.kind) {
             return Ok(None);
         }
-        if !self.open_grids.contains_key(&key) && self.open_grids.len() >= MAX_OPEN_GRIDS {
-            return Err(format!("{MAX_OPEN_GRIDS} grids are begun and not whole"));
-        }
         let grid = self.open_grids.entry(key).or_insert_with(|| OpenGrid::new(tile));
         grid.add(tile, cells)?;
         if grid.missing > 0 {
@@ -295,6 +302,17 @@ impl Results {
         }
         self.storing.insert(key);
         Ok(self.open_grids.remove(&key).map(|grid| grid.pixels))
+    }
+
+    /// Makes room for the grid of a tile, if there is none: the oldest one, whose last tiles went with their worker, is
+    /// given up and returned.
+    pub fn make_room(&mut self, tile: &Tile) -> Option<Step> {
+        let key = (tile.step, tile.kind);
+        let is_new = !self.open_grids.contains_key(&key) && !self.has_grid(tile.step, tile.kind);
+        if !is_new || self.open_grids.len() < MAX_OPEN_GRIDS {
+            return None;
+        }
+        self.open_grids.pop_first().map(|((step, _), _)| step)
     }
 
     /// A grid lies in the store.
@@ -307,13 +325,41 @@ impl Results {
         }
     }
 
+    /// What it means that a step has come which is not the one after the last.
+    pub fn note_gap(&mut self, last: Step, came: Step) -> Gap {
+        match &mut self.gap {
+            // What is sent again comes in order: it begins with a step that came before.
+            Some((before, furthest)) if *before == last && came <= *furthest => Gap::Lost,
+            Some((before, furthest)) if *before == last => {
+                *furthest = came;
+                Gap::Asked
+            }
+            gap => {
+                *gap = Some((last, came));
+                Gap::New
+            }
+        }
+    }
+
     /// Forgets what lies after a step: the run goes on from there.
     pub fn rewind(&mut self, step: Step) {
         self.open_grids.retain(|&(at, _), _| at <= step);
         self.early.clear();
+        self.gap = None;
         self.stored.grids.retain(|&at| at <= step);
         self.stored.step = self.stored.step.min(step);
     }
+}
+
+/// Steps that are missing before one that has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gap {
+    /// They may be under way: they are asked for.
+    New,
+    /// They were asked for.
+    Asked,
+    /// Nobody has them any more.
+    Lost,
 }
 
 /// Number of cells in a tile.
@@ -426,4 +472,27 @@ pub struct Suspicion {
     pub suspect: Option<usize>,
     /// The reporter's words.
     pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_that_never_becomes_whole_makes_room_for_later_ones() {
+        let mut results = Results::default();
+        let cell = CellShape { height: 1, width: 1, channels: 1 };
+        let mut first_half = |step| {
+            let fence = Fence { run: "r".into(), generation: Generation(1) };
+            let (kind, pixels) = (GridKind::Generated, vec![0; 4]);
+            let tile = Tile { fence, kind, step, first_cell: 0, cells_total: 8, cell, pixels };
+            let lost = results.make_room(&tile);
+            assert_eq!(results.add_tile(&tile), Ok(None));
+            (lost, results.open_grids.len())
+        };
+        let most = MAX_OPEN_GRIDS as u64;
+        assert!((0..most).all(|step| first_half(step).0.is_none()));
+        assert_eq!(first_half(most - 1), (None, MAX_OPEN_GRIDS), "a repeat needs no room");
+        assert_eq!(first_half(most), (Some(0), MAX_OPEN_GRIDS));
+    }
 }

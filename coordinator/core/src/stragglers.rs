@@ -41,6 +41,9 @@ impl Cluster {
             return;
         };
         let Some(rank) = group.rank_of(session) else { return };
+        if group.members[rank].pace.step == progress.step {
+            return;
+        }
         let balanced = run.record.config.balance;
         let times = |rank: usize| {
             let worker = self.members.get(group.members[rank].session)?;
@@ -69,9 +72,6 @@ impl Cluster {
     fn note_pace(&mut self, session: SessionId, name: &str, step: Step, slow: Option<(f64, f64)>) {
         let Some(group) = self.runs.get_mut(name).and_then(|run| run.group.as_mut()) else { return };
         let Some(member) = group.members.iter_mut().find(|member| member.session == session) else { return };
-        if member.pace.step == step {
-            return;
-        }
         member.pace.step = step;
         let (worker, who) = (member.name.clone(), member.introduction.clone());
         let Some((excess_s, share_of_data)) = slow else {

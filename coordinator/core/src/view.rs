@@ -116,7 +116,7 @@ impl Cluster {
             let run = fence.and_then(|fence| self.runs.get(&fence.run));
             let group = run.and_then(|run| run.group.as_ref());
             let rank = group.and_then(|group| group.rank_of(session));
-            let status = match (run.map(|run| run.record.status), worker.leaving) {
+            let status = match (run.map(|run| run.record.status), worker.leaving()) {
                 (None, None) => "idle",
                 (None, Some(Leaving::Drained)) => "drained",
                 (_, Some(_)) => "leaving",
@@ -142,7 +142,7 @@ impl Cluster {
     pub fn plan(&self, submission: &Submission) -> Result<(RunView, Plan), Refusal> {
         let mut record = self.record_for(submission)?;
         record.id.clear();
-        let idle = self.idle().len() as u32;
+        let idle = self.idle().count() as u32;
         let available = if self.active.is_some() { self.members.len() as u32 } else { idle };
         let most = record.config.most_workers();
         let workers = record.config.workers.unwrap_or(available.clamp(1, most));
@@ -161,7 +161,7 @@ impl Cluster {
     #[must_use]
     pub fn plan_of(&self, name: &str) -> Option<Plan> {
         let record = &self.runs.get(name)?.record;
-        let idle = self.idle().len() as u32;
+        let idle = self.idle().count() as u32;
         let most = record.config.most_workers();
         let available = (self.members.len() as u32).clamp(1, most);
         let workers = if record.status.is_active() {
@@ -238,7 +238,7 @@ impl Cluster {
             step: progress.map_or(0, |progress| progress.step),
             times: progress.map_or(StepTimes::default(), |progress| progress.times),
             connected_s: now.since_ms(worker.connected) as f64 / 1000.0,
-            heartbeat_age_s: now.since_ms(worker.heard) as f64 / 1000.0,
+            heartbeat_age_s: now.since_ms(worker.heard()) as f64 / 1000.0,
         }
     }
 }

@@ -32,6 +32,14 @@ pub fn dataset() -> DatasetManifest {
     }
 }
 
+/// Eight shards that go with a global batch.
+pub fn dataset_of(global_batch: u32) -> DatasetManifest {
+    let mut dataset = dataset();
+    dataset.shards.iter_mut().for_each(|shard| shard.images = u64::from(global_batch));
+    dataset.images = 8 * u64::from(global_batch);
+    dataset
+}
+
 pub fn hello(name: &str) -> Hello {
     Hello {
         process_id: format!("process of {name}"),
