@@ -212,11 +212,13 @@ impl Cluster {
         let Some(change) = run.change.take() else { return };
         let former = run.group.take().map_or_else(Vec::new, |group| group.members);
         let fence = run.fence();
+        let before = run.record.generation;
         run.record.generation = change.generation;
         run.record.workers = change.members.len() as u32;
         let new = run.fence();
         let here: Vec<SessionId> = change.members.iter().map(|member| member.session).collect();
-        run.group = Some(Group::new(now, Stage::Training, change.members));
+        let group = Group::new(now, Stage::Training, change.members);
+        run.group = Some(Group { former: Some(before), ..group });
         for &session in &here {
             // Who was put out in this moment, or failed by itself, has nothing to take over any more.
             if let Some(worker) = self.members.get_mut(session).filter(|worker| worker.assigned.is_some()) {

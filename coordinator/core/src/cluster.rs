@@ -270,12 +270,12 @@ impl Cluster {
     pub(crate) fn release_members(&mut self, name: &str, abort: Option<&str>) {
         let Some(run) = self.runs.get_mut(name) else { return };
         run.regroup_when_saved = None;
-        let (present, next) = (run.fence(), run.change_fence());
+        let (present, next) = (run.fences(), run.change_fence());
         let mut told: BTreeMap<SessionId, Vec<Fence>> = BTreeMap::new();
         for member in run.group.iter().flat_map(|group| &group.members) {
             let fences = told.entry(member.session).or_default();
             if run.group.as_ref().is_some_and(|group| group.stage != Stage::Saving) {
-                fences.push(present.clone());
+                fences.extend(present.iter().cloned());
             }
         }
         if let Some((change, next)) = run.change.take().zip(next) {

@@ -9,7 +9,7 @@ use crate::event::{Action, Directive, FailureKind, Fence, MemberFailure, Refusal
 use crate::ids::Step;
 use crate::membership::Leaving;
 use crate::record::RunStatus;
-use crate::run::{Member, Run, Stage, Suspicion};
+use crate::run::{Member, Run, Stage};
 use crate::time::Timestamp;
 
 /// Steps that a run may pass over after returns to a checkpoint; one that needs more does not converge.
@@ -22,6 +22,21 @@ pub(crate) enum Loss {
     MayReturn,
     /// It left, or was silent for too long.
     ForGood,
+}
+
+/// Survivors reported a broken link; the culprit is not known yet.
+#[derive(Debug, Clone)]
+pub struct Suspicion {
+    /// When the decision is due.
+    pub until: Timestamp,
+    /// Finished steps when it was reported.
+    pub step: Step,
+    /// Introduction of the reporter.
+    pub reporter: String,
+    /// Rank of the peer behind the link.
+    pub suspect: Option<usize>,
+    /// The reporter's words.
+    pub message: String,
 }
 
 /// Members that are away and that the group cannot do without, since when, and why. A member that is through
@@ -161,8 +176,10 @@ impl Cluster {
     pub(crate) fn expel(&mut self, session: SessionId, why: &str) {
         let Some(worker) = self.members.get_mut(session) else { return };
         let Some(fence) = worker.assigned.take() else { return };
-        let directive = Directive::Abort { fence, message: why.to_owned() };
-        self.direct(session, directive);
+        let run = self.runs.get(&fence.run).filter(|run| run.fence() == fence);
+        for fence in run.map_or_else(|| vec![fence.clone()], Run::fences) {
+            self.direct(session, Directive::Abort { fence, message: why.to_owned() });
+        }
     }
 
     /// A member failed by itself, or lost a peer, or found that nobody can go on.

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cluster::Cluster;
 use crate::event::{Claim, Directive, Fence, Peer, SessionId, Stored};
+use crate::losses::Suspicion;
 use crate::record::{CheckpointMark, RunRecord, RunStatus};
 use crate::regroup::GENERATIONS_AHEAD;
-use crate::run::{Group, Member, Reunion, Run, Stage, Suspicion};
+use crate::run::{Group, Member, Reunion, Run, Stage};
 
 impl Cluster {
     /// Takes in a run that the store holds. The checkpoints that are there count, not the record's word.

@@ -8,6 +8,7 @@ use crate::event::{
     Stored, Tile, Upload,
 };
 use crate::ids::{Generation, Step};
+use crate::losses::Suspicion;
 use crate::record::{RunRecord, RunStatus};
 use crate::slots::SlotRange;
 use crate::stragglers::Pace;
@@ -104,6 +105,15 @@ impl Run {
     #[must_use]
     pub fn fence(&self) -> Fence {
         Fence { run: self.record.name.clone(), generation: self.record.generation }
+    }
+
+    /// What a member of the present group may believe to be in, when it is told to leave it.
+    #[must_use]
+    pub fn fences(&self) -> Vec<Fence> {
+        let group = self.group.as_ref().filter(|group| !group.formed);
+        let former = group.and_then(|group| group.former);
+        let former = former.map(|generation| Fence { generation, ..self.fence() });
+        former.into_iter().chain([self.fence()]).collect()
     }
 
     /// What messages about the next group carry.
@@ -204,13 +214,15 @@ pub struct Group {
     pub suspicion: Option<Suspicion>,
     /// Rank 0 has said that its ring stands.
     pub formed: bool,
+    /// The group from which it has taken over. Until its ring stands, members may believe that they are in that one.
+    pub former: Option<Generation>,
 }
 
 impl Group {
     /// A group that nobody was told of yet.
     #[must_use]
     pub fn new(now: Timestamp, stage: Stage, members: Vec<Member>) -> Self {
-        Self { stage, members, reported: now, suspicion: None, formed: false }
+        Self { stage, members, reported: now, suspicion: None, formed: false, former: None }
     }
 
     /// Rank of a session.
@@ -457,21 +469,6 @@ impl Member {
             slots: self.slots,
         }
     }
-}
-
-/// Survivors reported a broken link; the culprit is not known yet.
-#[derive(Debug, Clone)]
-pub struct Suspicion {
-    /// When the decision is due.
-    pub until: Timestamp,
-    /// Finished steps when it was reported.
-    pub step: Step,
-    /// Introduction of the reporter.
-    pub reporter: String,
-    /// Rank of the peer behind the link.
-    pub suspect: Option<usize>,
-    /// The reporter's words.
-    pub message: String,
 }
 
 #[cfg(test)]

@@ -30,6 +30,8 @@ pub struct Spool {
     uploads: BTreeMap<Step, u64>,
     news: Vec<Up>,
     pub kept: Stored,
+    /// Some reports came from a peer since the store's word of them came last.
+    pub given: bool,
     pub committed: Step,
     sent_reports: Step,
     sent_tiles: BTreeSet<(Step, GridKind)>,
@@ -87,6 +89,7 @@ impl Spool {
             GridKind::Reals => !stored.reals,
         });
         self.kept = stored;
+        self.given = false;
     }
 
     pub fn commit(&mut self, step: Step) {

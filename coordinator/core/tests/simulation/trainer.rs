@@ -202,6 +202,7 @@ impl World {
         let Some(member) = &mut self.processes[pid].member else { return };
         if receives {
             sums.reports.iter().for_each(|&report| member.spool.report(report));
+            member.spool.given = true;
         }
         member.step = furthest.at.step;
         member.stateful = true;
