@@ -94,6 +94,7 @@ fn progress(beat: v1::Heartbeat) -> Progress {
         compute_s: f64::from(beat.compute_s),
         data_s: f64::from(beat.data_s),
         exchange_s: f64::from(beat.exchange_s),
+        receive_s: f64::from(beat.receive_s),
     };
     Progress { fence: fence(beat.run, beat.generation), step: beat.step, phase: beat.phase, times }
 }
@@ -111,6 +112,7 @@ fn step_report(report: v1::StepReport) -> StepReport {
             compute_s: report.compute_s,
             data_s: report.data_s,
             exchange_s: report.exchange_s,
+            receive_s: 0.0,
         },
         fed: report.fed,
         left_out: report.left_out,

@@ -24,6 +24,7 @@ pub struct Proxy {
 #[derive(Default)]
 struct Shared {
     state: AtomicU8,
+    bytes_per_s: AtomicU64,
     /// Cuts so far: a connection that has seen one is dead, however soon the link was healed.
     cuts: AtomicU64,
     target: Mutex<Option<SocketAddr>>,
@@ -68,6 +69,11 @@ impl Proxy {
         self.shared.state.store(SWALLOWING, Ordering::SeqCst);
     }
 
+    /// Lets so many bytes a second pass in each direction of each connection; 0 = as many as come.
+    pub fn limit(&self, bytes_per_s: u64) {
+        self.shared.bytes_per_s.store(bytes_per_s, Ordering::SeqCst);
+    }
+
     /// New connections pass again.
     pub fn heal(&self) {
         self.shared.state.store(OPEN, Ordering::SeqCst);
@@ -103,6 +109,10 @@ impl Shared {
                 Ok(0) => break,
                 Ok(count) => {
                     swallowed |= self.state.load(Ordering::SeqCst) == SWALLOWING;
+                    let bytes_per_s = self.bytes_per_s.load(Ordering::SeqCst);
+                    if bytes_per_s > 0 {
+                        std::thread::sleep(Duration::from_secs_f64(count as f64 / bytes_per_s as f64));
+                    }
                     if !swallowed && to_end.write_all(&buffer[..count]).is_err() {
                         break;
                     }

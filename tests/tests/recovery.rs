@@ -99,6 +99,52 @@ fn a_cut_link_and_a_silent_one_are_survived() {
 }
 
 #[test]
+fn a_link_that_stays_cut_costs_one_of_its_ends_until_it_is_mended() {
+    let mut cluster = Cluster::start(2);
+    let proxy = Proxy::start();
+    cluster.add_worker_behind("worker-3", &proxy, None);
+    wait_for("all workers", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 3).then_some(())
+    });
+    submit(&cluster, "parted", 1_000_000, &["--workers", "3"]);
+    cluster.wait_for_step("parted", 10);
+    let workers =
+        |cluster: &Cluster| cluster.json(&["run", "show", "parted", "-o", "json"])["workers"].clone();
+    proxy.cut();
+    wait_for("two to go on", || (workers(&cluster) == 2).then_some(()));
+    let step = cluster.json(&["run", "show", "parted", "-o", "json"])["step"].as_u64().unwrap();
+    cluster.wait_for_step("parted", step + 5);
+    proxy.heal();
+    wait_for("the third to come back", || (workers(&cluster) == 3).then_some(()));
+    let _printed = cluster.ok(&["run", "stop", "parted"]);
+    let _waited = cluster.takuma(&["run", "wait", "parted"]);
+    let _printed = cluster.ok(&["run", "audit", "parted"]);
+}
+
+#[test]
+fn a_slow_link_is_named() {
+    let mut cluster = Cluster::start(1);
+    let proxy = Proxy::start();
+    cluster.add_worker_behind("worker-2", &proxy, None);
+    wait_for("both workers", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 2).then_some(())
+    });
+    // A second or so for the gradients of a step.
+    proxy.limit(2_000_000);
+    submit(&cluster, "slow", 1_000_000, &["--workers", "2"]);
+    let told = wait_for("the slow link to be named", || {
+        let events = cluster.events("slow");
+        let named = events.iter().find(|event| event["kind"] == "straggler")?;
+        Some(named["message"].as_str().unwrap().to_owned())
+    });
+    assert!(
+        told.starts_with("worker-2") && told.ends_with("the network between worker-1 and it is slow"),
+        "{told}"
+    );
+    let _printed = cluster.ok(&["run", "stop", "slow"]);
+}
+
+#[test]
 fn a_coordinator_that_dies_is_not_missed() {
     let mut cluster = Cluster::start(2);
     submit(&cluster, "headless", 160, &[]);

@@ -114,6 +114,8 @@ pub struct StepTimes {
     pub data_s: f64,
     /// Computing waited for the exchange.
     pub exchange_s: f64,
+    /// Gradients were on the link from the previous rank. Known of each member, not of a whole group.
+    pub receive_s: f64,
 }
 
 /// One finished step, as rank 0 reports it.

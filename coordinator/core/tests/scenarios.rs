@@ -179,10 +179,11 @@ fn member_event(words: &[&str]) -> Event {
             let progress = Progress { fence, step, phase: "d".into(), times };
             Event::HeartbeatReceived { session, progress }
         }
-        // `works s1 calm g1 STEP COMPUTE_MS DATA_MS`
+        // `works s1 calm g1 STEP COMPUTE_MS DATA_MS [RECEIVE_MS]`
         "works" => {
-            let [compute_s, data_s] = [5, 6].map(|at| number(words[at]) as f64 / 1000.0);
-            let times = StepTimes { compute_s, data_s, exchange_s: 0.0 };
+            let seconds = |at: usize| words.get(at).map_or(0.0, |word| number(word) as f64 / 1000.0);
+            let (compute_s, data_s, receive_s) = (seconds(5), seconds(6), seconds(7));
+            let times = StepTimes { compute_s, data_s, exchange_s: receive_s, receive_s };
             let progress = Progress { fence: fenced(), step: step(), phase: "d".into(), times };
             Event::HeartbeatReceived { session, progress }
         }

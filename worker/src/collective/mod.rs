@@ -113,6 +113,12 @@ pub trait Collective: Send + Sync + fmt::Debug {
     /// be above the longest step. Without neighbours nothing waits, and nothing changes.
     fn set_timeout(&self, timeout: Duration);
 
+    /// How long data from the previous rank was on the link since the last call, as far as that can be told from
+    /// waiting for the peers: large where the link is slow. Zero where there is no link.
+    fn take_receiving(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// A handle that ends this group from any thread.
     fn abort_handle(&self) -> AbortHandle;
 }

@@ -126,7 +126,7 @@ impl Member {
 
     pub(super) fn heartbeat(&self) -> Heartbeat {
         let now = self.progress.now();
-        let [compute_s, data_s, exchange_s] = now.last_step_s.map(|seconds| seconds as f32);
+        let [compute_s, data_s, exchange_s, receive_s] = now.last_step_s.map(|seconds| seconds as f32);
         Heartbeat {
             run: self.present.run.clone(),
             generation: self.present.generation,
@@ -135,6 +135,7 @@ impl Member {
             compute_s,
             data_s,
             exchange_s,
+            receive_s,
         }
     }
 
@@ -273,6 +274,12 @@ impl Member {
     /// Whether a directive about `run` and `generation` is about this membership.
     pub(super) fn is(&self, run: &str, generation: u64) -> bool {
         self.present.run == run && self.present.generation == generation
+    }
+
+    /// Whether `generation` is the one that this member may have changed over to already.
+    pub(super) fn changes_to(&self, run: &str, generation: u64) -> bool {
+        let next = self.next.as_ref().filter(|next| next.started);
+        self.present.run == run && next.is_some_and(|next| next.prepare.generation == generation)
     }
 
     /// Whether `generation` is the one that this member only prepares for.

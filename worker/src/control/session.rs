@@ -441,7 +441,7 @@ impl Worker<'_> {
         let Some(member) = &mut self.member else { return };
         if member.drop_next(run, generation) {
             tracing::debug!("{run}: {message}");
-        } else if member.is(run, generation) {
+        } else if member.is(run, generation) || member.changes_to(run, generation) {
             tracing::warn!("{run} is over for this worker: {message}");
             self.drop_member(message);
         }

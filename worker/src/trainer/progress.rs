@@ -17,8 +17,9 @@ pub struct Progress {
 pub struct Now {
     /// "loading", "forming", "d", "g1", "g2", "sampling", "checkpoint", "parked" or "ended".
     pub phase: &'static str,
-    /// Seconds of computing, data and exchange in the last finished step.
-    pub last_step_s: [f64; 3],
+    /// Seconds of computing, data and exchange in the last finished step, and how long what was exchanged was on
+    /// the link from the previous rank.
+    pub last_step_s: [f64; 4],
 }
 
 impl Progress {
@@ -29,7 +30,7 @@ impl Progress {
             step: AtomicU64::new(start_step),
             stop: AtomicBool::new(false),
             has_state: AtomicBool::new(false),
-            now: Mutex::new(Now { phase: "loading", last_step_s: [0.0; 3] }),
+            now: Mutex::new(Now { phase: "loading", last_step_s: [0.0; 4] }),
         }
     }
 
@@ -74,7 +75,7 @@ impl Progress {
         self.now.lock().unwrap_or_else(PoisonError::into_inner).phase = phase;
     }
 
-    pub(super) fn finish_step(&self, step: u64, last_step_s: [f64; 3]) {
+    pub(super) fn finish_step(&self, step: u64, last_step_s: [f64; 4]) {
         self.step.store(step, Ordering::Relaxed);
         self.now.lock().unwrap_or_else(PoisonError::into_inner).last_step_s = last_step_s;
     }

@@ -365,7 +365,8 @@ impl Trainer {
         let Some([d, g1, g2]) = sums.as_deref() else { return };
         let exchange_s = self.exchange.take_waited().as_secs_f64().min(step_s);
         let compute_s = (step_s - data_s - exchange_s).max(0.0);
-        self.parts.progress.finish_step(step + 1, [compute_s, data_s, exchange_s]);
+        let receive_s = self.exchange.collective().take_receiving().as_secs_f64();
+        self.parts.progress.finish_step(step + 1, [compute_s, data_s, exchange_s, receive_s]);
         self.adapt_timeout(step_s);
         self.parts.spool.report(StepReport {
             step: step + 1,

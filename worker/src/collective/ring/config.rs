@@ -33,6 +33,8 @@ pub struct RingConfig {
     pub channels: usize,
     /// Longest time for forming the ring.
     pub connect_timeout: Duration,
+    /// Of that, longest time until the next rank takes a connection.
+    pub reach_timeout: Duration,
     /// Longest wait in an operation without a byte from the neighbours. Covers their computing, so it
     /// must be above the longest step. [`Collective::set_timeout`] changes it later.
     ///
@@ -47,7 +49,7 @@ pub struct RingConfig {
 }
 
 impl RingConfig {
-    /// A configuration with the usual limits: one lane a rank, 2 channels, 30 s to form, 120 s without
+    /// A configuration with the usual limits: one lane a rank, 2 channels, 30 s to form, 1.5 s to reach the next rank, 120 s without
     /// data, 1.5 s without a sign of life. The last is what a stopped process costs its group; a healthy
     /// one gives a sign every quarter of a second, whatever its trainer does.
     #[must_use]
@@ -60,6 +62,7 @@ impl RingConfig {
             members,
             channels: 2,
             connect_timeout: Duration::from_secs(30),
+            reach_timeout: Duration::from_millis(1500),
             timeout: Duration::from_secs(120),
             silence: Duration::from_millis(1500),
             use_local_sockets: true,

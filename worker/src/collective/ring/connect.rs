@@ -181,17 +181,27 @@ impl Formation<'_> {
         Ok(())
     }
 
-    /// A connection to `address`, tried until the deadline. Nothing if the other half has failed.
+    /// A connection to `address`, tried for a while. Nothing if the other half has failed.
+    ///
+    /// A member listens from the beginning, and its kernel takes connections whatever its trainer is doing. So one that
+    /// cannot be connected to is unreachable, and waiting for it as for one that computes would hold up the group.
     fn dial_once(&self, next: Rank, address: &str) -> Result<Option<Socket>, CollectiveError> {
+        let begin = Instant::now();
+        let deadline = self.deadline.min(begin + self.config.reach_timeout);
         let mut pause = RETRY_PAUSE;
         loop {
-            let error = match try_dial(address, self.deadline) {
+            let error = match try_dial(address, deadline) {
                 Ok(stream) => return Ok(Some(stream.into())),
                 Err(error) => error,
             };
-            let left = self.deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(self.late(next, format!("{address} does not take connections ({error})")));
+                return Err(CollectiveError::Timeout {
+                    rank: next,
+                    waited: begin.elapsed(),
+                    operation: FORMING.into(),
+                    detail: format!("{address} does not take connections ({error})"),
+                });
             }
             if self.has_failed() {
                 return Ok(None);

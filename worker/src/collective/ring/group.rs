@@ -68,6 +68,8 @@ pub(super) struct Group {
     changed: Condvar,
     /// Threads that wait for a neighbour.
     waiting: AtomicUsize,
+    /// How long frames took from their first byte to their last, all channels together, in microseconds.
+    receiving_us: AtomicU64,
     /// Buckets started and not yet summed.
     pub in_flight: AtomicUsize,
     /// The warden does nothing, as in a stopped process.
@@ -133,6 +135,7 @@ impl Group {
             state: Mutex::default(),
             changed: Condvar::new(),
             waiting: AtomicUsize::new(0),
+            receiving_us: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
             #[cfg(test)]
             is_frozen: AtomicBool::new(false),
@@ -192,6 +195,16 @@ impl Group {
     pub(super) fn update_side(&self, side: Side, update: impl FnOnce(&mut SideState)) {
         update(&mut self.state().sides[side as usize]);
         self.changed.notify_all();
+    }
+
+    /// Counts a frame that took so long from its first byte to its last.
+    pub(super) fn note_received(&self, took: Duration) {
+        self.receiving_us.fetch_add(took.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// The time that was counted since the last call.
+    pub(super) fn take_receiving(&self) -> Duration {
+        Duration::from_micros(self.receiving_us.swap(0, Ordering::Relaxed))
     }
 
     /// Tells the neighbours, for as long as the result lives, that this rank waits.

@@ -170,6 +170,10 @@ impl Collective for Ring {
         }
     }
 
+    fn take_receiving(&self) -> Duration {
+        self.links.as_ref().map_or(Duration::ZERO, |links| links.group.take_receiving())
+    }
+
     fn set_timeout(&self, timeout: Duration) {
         if let Some(links) = &self.links {
             links.group.set_timeout(timeout);

@@ -59,6 +59,9 @@ struct Frame {
     wire: [u8; HEADER_BYTES],
     /// Bytes moved, header included.
     moved: usize,
+    /// When its first bytes came. A sender has all of a frame before it begins, so what passes until the last byte is
+    /// the link's own time.
+    begun: Option<Instant>,
 }
 
 impl Cursor {
@@ -158,7 +161,7 @@ impl Pipe {
                 }
                 let header = self.header(operation, sent.hop, &span);
                 flow.departing(sent.hop, span.clone());
-                Frame { wire: header.encode(), header, span, moved: 0 }
+                Frame { wire: header.encode(), header, span, moved: 0, begun: None }
             }
         };
         let payload = flow.outgoing(sent.hop, frame.span.clone());
@@ -198,7 +201,7 @@ impl Pipe {
             None => {
                 let span = received.next_span(block_bytes);
                 let header = self.header(operation, received.hop, &span);
-                Frame { wire: [0; HEADER_BYTES], header, span, moved: 0 }
+                Frame { wire: [0; HEADER_BYTES], header, span, moved: 0, begun: None }
             }
         };
         let payload = flow.incoming(received.hop, frame.span.clone());
@@ -209,6 +212,7 @@ impl Pipe {
         let step = match outcome {
             Ok(0) => return Err(self.group.lost(Side::Previous, operation, None)),
             Ok(bytes) => {
+                frame.begun.get_or_insert_with(Instant::now);
                 self.check(operation, &mut frame, bytes)?;
                 Step::Moved
             }
@@ -217,6 +221,7 @@ impl Pipe {
             Err(error) => return Err(self.group.lost(Side::Previous, operation, Some(error))),
         };
         if frame.moved == HEADER_BYTES + frame.span.len() {
+            self.group.note_received(frame.begun.map_or(Duration::ZERO, |begun| begun.elapsed()));
             flow.arrived(received.hop, frame.span.clone());
             received.advance(&frame.span, block_bytes);
         } else {
