@@ -23,6 +23,8 @@ const RUN_STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// A child that dies so often within so long is not started again: the cause will not go away by itself.
 const MAX_DEATHS: usize = 4;
 const DEATHS_WITHIN: Duration = Duration::from_secs(60);
+/// Before a child that could not be started is tried again; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
 /// `takuma up`.
 #[derive(Debug, clap::Args)]
@@ -146,6 +148,7 @@ async fn stay(mut cluster: LocalCluster, signals: &mut Signals) -> Result<Exit, 
             death = cluster.next_death() => death?,
         };
         let mut message = death.message.clone();
+        let mut pause = FIRST_PAUSE;
         loop {
             output::message(&format!("{} {message}", Tone::Bad.stderr("lost:")));
             if deaths.are_too_many(&death.name) {
@@ -166,7 +169,16 @@ async fn stay(mut cluster: LocalCluster, signals: &mut Signals) -> Result<Exit, 
             match started {
                 Some(Ok(())) => break,
                 // It may be a matter of a moment: a port that is not free yet, memory that is just full.
-                Some(Err(error)) => message = format!("{} could not be started again: {error}", death.name),
+                Some(Err(error)) => {
+                    message = format!("{} could not be started again: {error}", death.name);
+                    tokio::select! {
+                        () = tokio::time::sleep(pause) => pause *= 2,
+                        () = signals.next() => {
+                            wind_down(cluster, signals).await?;
+                            return Ok(Exit::Success);
+                        }
+                    }
+                }
                 None => {
                     wind_down(cluster, signals).await?;
                     return Ok(Exit::Success);

@@ -61,8 +61,10 @@ pub enum Job {
     Rewind { step: u64, lineage: Generation },
     /// Store a grid and all that belongs to it.
     Grid(Grid),
-    /// Commit a checkpoint, then remove what is kept no longer.
-    Commit { manifest: Box<CheckpointManifest>, retention: Retention },
+    /// Commit a checkpoint.
+    Commit(Box<CheckpointManifest>),
+    /// Remove checkpoints that are kept no longer.
+    Sweep { step: u64, generation: Generation, retention: Retention },
     /// Store everything, then say so.
     Flush(Fence),
     /// Store everything and end.
@@ -241,7 +243,11 @@ impl RunFiles {
                 self.tell(Event::GridSettled { fence, kind, step, outcome }).await;
                 Ok(())
             }
-            Job::Commit { manifest, retention } => {
+            Job::Sweep { step, generation, retention } => {
+                self.sweeper.sweep(&self.store, step, generation, &retention).await;
+                Ok(())
+            }
+            Job::Commit(manifest) => {
                 let fence = Fence { run: manifest.run.clone(), generation: manifest.generation };
                 let mark =
                     CheckpointMark { step: manifest.step, weights_sha256: manifest.weights_sha256.clone() };
@@ -250,11 +256,7 @@ impl RunFiles {
                     Ok(()) => commit::commit(&self.store, &self.patience, &manifest).await,
                     Err(error) => Err(error),
                 };
-                let committed = outcome.is_ok();
                 self.tell(Event::CheckpointSettled { fence, mark, outcome }).await;
-                if committed {
-                    self.sweeper.after_commit(&self.store, &manifest, &retention).await;
-                }
                 Ok(())
             }
             Job::Flush(fence) => {
@@ -298,6 +300,10 @@ impl RunFiles {
 
     async fn metrics(&mut self, line: &MetricsLine) -> Result<(), String> {
         let growing = self.growing().await?;
+        // A line that the former coordinator had under way may have come after this one had looked.
+        if growing.points.last().is_some_and(|last| line.step <= last.step) {
+            return Ok(());
+        }
         growing.metrics.push(line);
         growing.points.push(Point { step: line.step, d_loss: line.d_loss, g_loss: line.g_loss });
         let scalars = [

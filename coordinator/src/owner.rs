@@ -289,8 +289,9 @@ impl State {
             Action::RecordMetrics { run, line } => self.write(&run, Job::Metrics(line)),
             Action::RewindMetrics { run, step, lineage } => self.write(&run, Job::Rewind { step, lineage }),
             Action::StoreGrid { grid } => self.write(&grid.fence.run.clone(), Job::Grid(grid)),
-            Action::CommitCheckpoint { manifest, retention } => {
-                self.write(&manifest.run.clone(), Job::Commit { manifest, retention });
+            Action::CommitCheckpoint { manifest } => self.write(&manifest.run.clone(), Job::Commit(manifest)),
+            Action::SweepCheckpoints { fence, step, retention } => {
+                self.write(&fence.run, Job::Sweep { step, generation: fence.generation, retention });
             }
             Action::FlushRun { fence } => self.write(&fence.run.clone(), Job::Flush(fence)),
             Action::CloseRun { run } => self.close_run(&run),

@@ -26,7 +26,7 @@ pub(crate) struct Speed {
 }
 
 impl Speed {
-    /// Returns whether it is time to judge the shares.
+    /// Takes in a step. Returns whether it is time to judge the shares.
     fn look(&mut self, step: Step, slot_s: f64) -> bool {
         if step == self.step || slot_s <= 0.0 {
             return false;
@@ -101,7 +101,10 @@ impl Cluster {
         let message = format!(
             "the slowest worker computes {now_s:.2} s a step; with shares by speed it would be {then_s:.2} s"
         );
-        self.record(name, "balancing", "", message);
         self.begin_change(name, &sessions);
+        // Without a generation for it there is no change yet.
+        if self.runs.get(name).is_some_and(|run| run.change.is_some()) {
+            self.record(name, "balancing", "", message);
+        }
     }
 }

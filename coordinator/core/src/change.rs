@@ -22,6 +22,9 @@ impl Cluster {
             group.stage == Stage::Training && group.suspicion.is_none() && group.members.iter().all(is_steady)
         };
         if run.change.is_some() || run.pausing || run.record.status != RunStatus::Running || !steady(group) {
+            if let Some(run) = self.runs.get_mut(&name) {
+                run.speeds_changed = false;
+            }
             return;
         }
         let leavers: BTreeSet<SessionId> =

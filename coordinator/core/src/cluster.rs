@@ -242,6 +242,12 @@ impl Cluster {
 
     /// Ends an active run by a failure: the members drop it, the cause is kept with its remedy.
     pub(crate) fn fail(&mut self, name: &str, cause: &str) {
+        let remedy = self.runs.get(name).map_or_else(String::new, remedy);
+        self.fail_for(name, cause, &remedy);
+    }
+
+    /// The same with a remedy of its own.
+    pub(crate) fn fail_for(&mut self, name: &str, cause: &str, remedy: &str) {
         self.release_members(name, Some(cause));
         let now = self.now;
         let Some(run) = self.runs.get_mut(name) else { return };
@@ -249,7 +255,7 @@ impl Cluster {
         run.group = None;
         run.reunion = None;
         run.record.status = RunStatus::Failed;
-        run.record.error = format!("{cause}; {}", remedy(run));
+        run.record.error = format!("{cause}; {remedy}");
         let message = run.record.error.clone();
         self.close(name, "failed", message);
     }

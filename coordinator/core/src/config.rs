@@ -324,6 +324,12 @@ impl RunConfig {
             )?;
         }
         self.validate_exact()?;
+        rule(
+            !self.balance || self.batch_norm == BatchNorm::Sync,
+            "batch_norm",
+            "local".to_owned(),
+            "sync with balance, where a worker may have few images to take statistics over",
+        )?;
         rule(self.sample_every > 0, "sample_every", self.sample_every.to_string(), "at least 1")?;
         rule(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every.to_string(), "at least 1")?;
         rule(self.keep_checkpoints != Some(0), "keep_checkpoints", "0".to_owned(), "at least 1")?;

@@ -445,8 +445,11 @@ pub enum Action {
     RewindMetrics { run: String, step: Step, lineage: Generation },
     /// Make the PNG and store it; report with [`Event::GridSettled`].
     StoreGrid { grid: Grid },
-    /// Check the parts, write the manifest and remove what is kept no longer; report with [`Event::CheckpointSettled`].
-    CommitCheckpoint { manifest: Box<CheckpointManifest>, retention: Retention },
+    /// Check the parts and write the manifest; report with [`Event::CheckpointSettled`].
+    CommitCheckpoint { manifest: Box<CheckpointManifest> },
+    /// Remove checkpoints that are kept no longer, and parts that no manifest lists, up to this step; the parts
+    /// of newer generations than this one may be on their way.
+    SweepCheckpoints { fence: Fence, step: Step, retention: Retention },
     /// Write all that is recorded, and the plot; report with [`Event::RunFlushed`].
     FlushRun { fence: Fence },
     /// A message of another generation, or of a worker that is no member, was dropped.

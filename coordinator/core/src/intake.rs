@@ -186,8 +186,7 @@ impl Cluster {
             weights_sha256: upload.weights_sha256,
             parts: upload.parts,
         };
-        let retention = self.retention_of(&manifest.run);
-        self.out.push(Action::CommitCheckpoint { manifest: Box::new(manifest), retention });
+        self.out.push(Action::CommitCheckpoint { manifest: Box::new(manifest) });
     }
 
     /// What stays of a run's checkpoints: forks that have none of their own yet start from one.
@@ -213,6 +212,11 @@ impl Cluster {
             run.record.checkpoint = Some(mark);
         }
         let newest = run.record.checkpoint.as_ref().map(|newest| newest.step);
+        if outcome.is_ok() && newest == Some(step) {
+            let retention = self.retention_of(&fence.run);
+            self.out.push(Action::SweepCheckpoints { fence: fence.clone(), step, retention });
+        }
+        let Some(run) = self.runs.get_mut(&fence.run) else { return };
         let present = run.record.lineage <= fence.generation;
         let Some(group) = run.group.as_ref().filter(|_| present) else {
             if outcome.is_ok() {
@@ -229,7 +233,8 @@ impl Cluster {
             let message = format!("the checkpoint of step {step} could not be stored: {error}");
             // It came late: its parts may have been swept away as those of one that nobody needs.
             if newest.is_some_and(|newest| newest > step) {
-                return self.record(&fence.run, "checkpoint_lost", "", message);
+                self.record(&fence.run, "checkpoint_lost", "", message);
+                return self.try_flush(&fence.run);
             }
             return self.fail(&fence.run, &message);
         }

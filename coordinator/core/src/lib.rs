@@ -26,6 +26,7 @@ mod losses;
 pub mod membership;
 pub mod names;
 pub mod noise;
+mod not_finite;
 pub mod record;
 mod regroup;
 mod requests;

@@ -4,16 +4,11 @@
 //! told by both of its ends. The group goes on as soon as one of these explanations fits.
 
 use crate::cluster::Cluster;
-use crate::config::OnNan;
 use crate::event::{Action, Directive, FailureKind, Fence, MemberFailure, Refusal, RequestId, SessionId};
 use crate::ids::Step;
 use crate::membership::Leaving;
-use crate::record::RunStatus;
 use crate::run::{Member, Run, Stage};
 use crate::time::Timestamp;
-
-/// Steps that a run may pass over after returns to a checkpoint; one that needs more does not converge.
-const MAX_PASSED_OVER: usize = 20;
 
 /// Whether a worker that went may come back to its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,6 +180,9 @@ impl Cluster {
     /// A member failed by itself, or lost a peer, or found that nobody can go on.
     pub(crate) fn on_member_failed(&mut self, session: SessionId, failure: MemberFailure) {
         let fence = failure.fence.clone();
+        if failure.kind == FailureKind::NotFinite {
+            return self.on_not_finite(session, &failure);
+        }
         let joins = self.runs.get(&fence.run).and_then(|run| run.change.as_ref()).is_some_and(|change| {
             change.generation == fence.generation && !change.started && change.rank_of(session).is_some()
         });
@@ -210,8 +208,7 @@ impl Cluster {
         let phase = if failure.phase.is_empty() { String::new() } else { format!(" ({})", failure.phase) };
         let cause = format!("{who} failed at step {step}{phase}: {}", failure.message);
         match failure.kind {
-            FailureKind::Run => self.fail(&fence.run, &cause),
-            FailureKind::NotFinite => self.on_not_finite(&fence.run, failure.step + 1, &cause),
+            FailureKind::Run | FailureKind::NotFinite => self.fail(&fence.run, &cause),
             FailureKind::Local => {
                 run.unfit.insert(member.process_id.clone(), cause.clone());
                 self.out_of_group(session, &fence.run, &cause);
@@ -229,17 +226,6 @@ impl Cluster {
                 self.settle_losses(&fence.run);
             }
         }
-    }
-
-    /// A loss or gradient is not finite: all members see it, and the first one's word is enough.
-    fn on_not_finite(&mut self, name: &str, step: Step, cause: &str) {
-        let Some(run) = self.runs.get_mut(name) else { return };
-        let record = &mut run.record;
-        let rolls_back = record.config.on_nan == OnNan::Rollback
-            && record.status != RunStatus::Stopping
-            && record.passed_over.len() < MAX_PASSED_OVER
-            && record.passed_over.insert(step);
-        if rolls_back { self.roll_back(name, step, cause) } else { self.fail(name, cause) }
     }
 
     /// The present group of a member that failed by itself in one before it, and did not hear of the present one in time:

@@ -2,7 +2,7 @@
 
 use crate::cluster::Cluster;
 use crate::event::{Action, Directive, Fence, Formed, Prepare, SessionId, StateSource, When};
-use crate::ids::{Generation, Step};
+use crate::ids::Generation;
 use crate::record::RunStatus;
 use crate::run::{Group, Member, Stage};
 
@@ -235,17 +235,8 @@ impl Cluster {
         self.save(name, false);
     }
 
-    /// A number that is none: the run goes back to its newest checkpoint and passes over the step when it comes to it
-    /// again.
-    pub(crate) fn roll_back(&mut self, name: &str, step: Step, cause: &str) {
-        let Some(from) = self.put_back(name, cause) else { return };
-        let message = format!("{cause}; the run goes on {from}, and will make no update in step {step}");
-        self.record(name, "rolled_back", "", message);
-        self.save(name, false);
-    }
-
     /// Lets go of the members, and puts the run at the head of the queue. Returns from where it goes on.
-    fn put_back(&mut self, name: &str, cause: &str) -> Option<String> {
+    pub(crate) fn put_back(&mut self, name: &str, cause: &str) -> Option<String> {
         self.release_members(name, Some(cause));
         let now = self.now;
         let run = self.runs.get_mut(name)?;

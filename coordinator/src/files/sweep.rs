@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use takuma_core::checkpoint::{CheckpointManifest, Retention};
-use takuma_core::ids::Step;
+use takuma_core::ids::{Generation, Step};
 use takuma_core::layout;
 use takuma_store::{Store, StoreError};
 
@@ -15,26 +15,28 @@ pub struct Sweeper {
 }
 
 impl Sweeper {
-    /// Removes what the commit of `manifest` makes superfluous. A store that does not do it is warned of; the next
-    /// commit tries again.
-    pub async fn after_commit(&mut self, run: &Store, manifest: &CheckpointManifest, retention: &Retention) {
-        if let Err(error) = self.sweep(run, manifest, retention).await {
+    /// Removes what the commit of `step` by `generation` makes superfluous. A store that does not do it is warned of;
+    /// the next commit tries again.
+    pub async fn sweep(&mut self, run: &Store, step: Step, generation: Generation, retention: &Retention) {
+        if let Err(error) = self.try_sweep(run, step, generation, retention).await {
             tracing::warn!(%error, "old checkpoints were not removed; the next one tries again");
         }
     }
 
-    /// Steps after the committed one are left alone: their parts may be on their way.
-    async fn sweep(
+    /// Steps after the committed one are left alone: their parts may be on their way. What a folder may hold is
+    /// judged by the manifest that stands in it, which need not be the one that was committed last: an equal one stays.
+    async fn try_sweep(
         &mut self,
         run: &Store,
-        manifest: &CheckpointManifest,
+        newest: Step,
+        generation: Generation,
         retention: &Retention,
     ) -> Result<(), StoreError> {
         let mut folders: BTreeMap<Step, Vec<String>> = BTreeMap::new();
         for entry in run.list(layout::CHECKPOINTS_FOLDER).await? {
             let mut names = entry.name.splitn(3, '/').skip(1);
             let Some((folder, file)) = names.next().zip(names.next()) else { continue };
-            if let Some(step) = layout::step_of_name(folder).filter(|&step| step <= manifest.step) {
+            if let Some(step) = layout::step_of_name(folder).filter(|&step| step <= newest) {
                 folders.entry(step).or_default().push(file.to_owned());
             }
         }
@@ -43,18 +45,19 @@ impl Sweeper {
             folders.iter().filter(|(_, files)| has_manifest(files)).map(|(&step, _)| step).collect();
         let most = retention.keep.map_or(committed.len(), |keep| keep as usize);
         let oldest = committed.iter().rev().take(most.max(1)).last().copied().unwrap_or(0);
+        self.clean.remove(&newest);
         for (step, files) in folders {
             let stays = has_manifest(&files) && (step >= oldest || retention.pinned.contains(&step));
             if !stays {
                 self.remove(run, step, &files).await?;
-            } else if step == manifest.step {
-                self.tidy(run, manifest, &files).await?;
             } else if !self.clean.contains(&step) {
                 let object = layout::checkpoint_object(step, layout::MANIFEST_FILE);
                 let json = run.get_if_exists(&object).await?.unwrap_or_default();
                 // An unreadable one is not ours to judge.
                 if let Ok(present) = serde_json::from_slice::<CheckpointManifest>(&json) {
-                    self.tidy(run, &present, &files).await?;
+                    let writing =
+                        if step == newest { generation.max(present.generation) } else { present.generation };
+                    self.tidy(run, &present, writing, &files).await?;
                 }
             }
         }
@@ -73,18 +76,20 @@ impl Sweeper {
         Ok(())
     }
 
-    /// Removes what a manifest does not list, but for what a newer generation is writing.
+    /// Removes what a manifest does not list, but for what generations after `writing` write.
     async fn tidy(
         &mut self,
         run: &Store,
         manifest: &CheckpointManifest,
+        writing: Generation,
         files: &[String],
     ) -> Result<(), StoreError> {
         let listed = |file: &str| manifest.parts.iter().any(|part| part.file == file);
-        let newer =
-            |file: &str| layout::part_of_file(file).is_some_and(|(writer, _)| writer > manifest.generation);
+        let newer = |file: &str| layout::part_of_file(file).is_some_and(|(writer, _)| writer > writing);
+        // A local store has a lock file beside the manifest.
+        let hidden = |file: &str| file.starts_with('.');
         for file in files {
-            if file == layout::MANIFEST_FILE || listed(file) || newer(file) {
+            if file == layout::MANIFEST_FILE || listed(file) || newer(file) || hidden(file) {
                 continue;
             }
             let object = layout::checkpoint_object(manifest.step, file);
@@ -102,7 +107,6 @@ impl Sweeper {
 mod tests {
     use takuma_core::checkpoint::{CHECKPOINT_FORMAT, CHECKPOINT_PARTS, CheckpointPart};
     use takuma_core::config::{Recipe, RunConfig};
-    use takuma_core::ids::Generation;
     use takuma_core::layout::part_file;
 
     use super::*;
@@ -161,10 +165,10 @@ mod tests {
             put(&store, &manifest(step, 1)).await;
         }
         let retention = Retention { keep: Some(2), pinned: BTreeSet::from([3]) };
-        Sweeper::default().after_commit(&store, &manifest(6, 1), &retention).await;
+        Sweeper::default().sweep(&store, 6, Generation(1), &retention).await;
         assert_eq!(there(&store).await.1, [3, 5, 6]);
         let all = Retention::default();
-        Sweeper::default().after_commit(&store, &manifest(6, 1), &all).await;
+        Sweeper::default().sweep(&store, 6, Generation(1), &all).await;
         assert_eq!(there(&store).await.1, [3, 5, 6]);
     }
 
@@ -180,9 +184,18 @@ mod tests {
         }
         put_parts(&store, &manifest(4, 4)).await;
         let mut sweeper = Sweeper::default();
-        sweeper.after_commit(&store, &manifest(3, 4), &Retention::default()).await;
+        sweeper.sweep(&store, 3, Generation(4), &Retention::default()).await;
         let parts = BTreeSet::from([(1, 2), (3, 4), (3, 5), (4, 4)]);
         assert_eq!(there(&store).await, (parts, vec![1, 3]));
         assert_eq!(sweeper.clean, BTreeSet::from([1, 3]));
+    }
+
+    #[tokio::test]
+    async fn an_equal_checkpoint_that_was_uploaded_again_leaves_the_first_one_whole() {
+        let store = Store::memory();
+        put(&store, &manifest(3, 1)).await;
+        put_parts(&store, &manifest(3, 7)).await;
+        Sweeper::default().sweep(&store, 3, Generation(7), &Retention::default()).await;
+        assert_eq!(there(&store).await, (BTreeSet::from([(3, 1)]), vec![3]));
     }
 }

@@ -114,8 +114,8 @@ impl Dcgan {
     /// without the pass of G that D's phase leaves behind, G1 makes it again, with the same result.
     ///
     /// # Errors
-    /// Nothing of the phase is then applied; of its votes only those of [`PhaseError::NotFinite`] are summed. The same phase may be run again, in another group and with
-    /// another share too, and gives what it would have given.
+    /// Nothing of the phase is then applied; its votes are summed only with [`PhaseError::NotFinite`]. The same
+    /// phase may be run again, in another group and with another share too, and gives what it would have given.
     ///
     /// # Panics
     /// If in exact mode the share is not made of whole lanes; see [`RunConfig::shares`].

@@ -17,6 +17,10 @@ pub struct Progressed {
     pub step: u64,
     /// Global sums of the phases of the next step that are applied already.
     pub sums: Vec<PhaseSums>,
+    /// Of these phases, those that made no update, and why, in words.
+    pub left_out: Vec<String>,
+    /// Phases without an update in a row, up to now.
+    pub skipped_in_a_row: u32,
 }
 
 impl Progressed {
@@ -60,6 +64,8 @@ struct Head {
     step: u64,
     /// By applied phase: loss, logits on the right side.
     sums: Vec<[u64; 2]>,
+    left_out: Vec<String>,
+    skipped_in_a_row: u32,
     /// Steps whose metrics are not stored yet, for the next rank 0: step, epoch, numbers, fed, left out.
     reports: Vec<(u64, u64, [u64; 7], u64, String)>,
     /// Bytes of each part.
@@ -136,6 +142,8 @@ fn pack(net: &Dcgan, own: &Progressed, reports: Vec<StepReport>) -> Result<Vec<u
     let head = Head {
         step: own.step,
         sums: own.sums.iter().map(|sums| [sums.loss.to_bits(), sums.right.to_bits()]).collect(),
+        left_out: own.left_out.clone(),
+        skipped_in_a_row: own.skipped_in_a_row,
         reports: reports.into_iter().map(line).collect(),
         parts: [0, 1, 2].map(|part: usize| parts[part].len() as u64),
     };
@@ -164,6 +172,11 @@ fn unpack(net: &mut Dcgan, bytes: &[u8]) -> Result<(Progressed, Vec<StepReport>)
     };
     let sums =
         |&[loss, right]: &[u64; 2]| PhaseSums { loss: f64::from_bits(loss), right: f64::from_bits(right) };
-    let progressed = Progressed { step: head.step, sums: head.sums.iter().map(sums).collect() };
+    let progressed = Progressed {
+        step: head.step,
+        sums: head.sums.iter().map(sums).collect(),
+        left_out: head.left_out,
+        skipped_in_a_row: head.skipped_in_a_row,
+    };
     Ok((progressed, head.reports.into_iter().map(report).collect()))
 }

@@ -182,10 +182,10 @@ impl Spool {
         inner.kept = kept;
     }
 
-    /// The manifest of this step's checkpoint is written.
+    /// The manifest of this step's checkpoint is written; nobody needs older ones that are not.
     pub fn committed(&self, step: u64) {
         let mut inner = self.lock();
-        inner.uploads.remove(&step);
+        inner.uploads = inner.uploads.split_off(&(step + 1));
         inner.committed = inner.committed.max(step);
     }
 

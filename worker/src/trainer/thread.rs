@@ -33,8 +33,8 @@ const STEPS_OF_SILENCE: f64 = 20.0;
 const SHORTEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Steps after which the usual step is known.
 const STEPS_TO_KNOW: u64 = 5;
-/// Ten steps without any update: the weights themselves have left the numbers, and nothing more will come.
-const MAX_SKIPPED_IN_A_ROW: u32 = 30;
+/// After ten steps without any update the weights themselves have left the numbers, and nothing more will come.
+const MAX_SKIPPED_PHASES_IN_A_ROW: u32 = 10 * Phase::ALL.len() as u32;
 
 /// What a trainer is made of.
 pub struct Parts {
@@ -83,8 +83,6 @@ pub struct Trainer {
     was_rank_0: bool,
     step_s: f64,
     steps_here: u64,
-    /// Phases without an update, up to now.
-    skipped_in_a_row: u32,
     /// Ordered by a test.
     faults: Faults,
 }
@@ -108,7 +106,7 @@ impl Trainer {
         let mut progressed = (!parts.joins).then(Progressed::default);
         if let Some(loaded) = parts.checkpoint.take() {
             restore_into(&mut net, &loaded.parts)?;
-            progressed = Some(Progressed { step: loaded.manifest.step, sums: Vec::new() });
+            progressed = Some(Progressed { step: loaded.manifest.step, ..Progressed::default() });
         }
         if progressed.is_some() {
             parts.progress.has_state();
@@ -128,7 +126,6 @@ impl Trainer {
             was_rank_0: true,
             step_s: 0.0,
             steps_here: 0,
-            skipped_in_a_row: 0,
             faults: Faults::from_environment(),
         })
     }
@@ -300,7 +297,6 @@ impl Trainer {
         let data_s = begin.elapsed().as_secs_f64();
         let fed = batch.fed as f64;
         let mut votes = [0.0; 3];
-        let mut left_out = Vec::new();
         while let Some(phase) = Phase::from_index(self.position().1 as u32) {
             self.parts.progress.enter(phase.name());
             if self.faults.strike(step, phase) {
@@ -308,20 +304,15 @@ impl Trainer {
             }
             let stop = f64::from(u8::from(self.parts.progress.stop_requested()));
             votes = [stop, self.ready_for() as f64, fed];
-            let sums = match self.update(&batch, phase, step, &mut votes)? {
-                Ok(sums) => sums,
-                Err(why) => {
-                    left_out.push(why);
-                    PhaseSums::NONE
-                }
-            };
+            let made = self.update(&batch, phase, step, &mut votes)?;
             if let Some(progressed) = &mut self.progressed {
-                progressed.sums.push(sums);
+                progressed.sums.push(*made.as_ref().unwrap_or(&PhaseSums::NONE));
+                progressed.left_out.extend(made.err());
             }
         }
         let [stops, changes, fed] = votes;
         let times = [begin.elapsed().as_secs_f64(), data_s];
-        self.finish_step(step, times, fed as u64, left_out.join("; "));
+        self.finish_step(step, times, fed as u64);
         Ok([stops, changes])
     }
 
@@ -337,32 +328,34 @@ impl Trainer {
             self.exchange.wait(|collective| collective.all_reduce_f64(votes))?;
             return Ok(Err(format!("no update in phase {phase}: the step is passed over")));
         }
-        let skips = self.parts.config.on_nan == OnNan::Skip;
+        let skipped = self.progressed.as_mut().map(|progressed| &mut progressed.skipped_in_a_row);
+        let may_skip =
+            |skipped: &u32| self.parts.config.on_nan == OnNan::Skip && *skipped < MAX_SKIPPED_PHASES_IN_A_ROW;
         match self.net.phase(batch, phase, votes) {
             Ok(sums) => {
-                self.skipped_in_a_row = 0;
+                if let Some(skipped) = skipped {
+                    *skipped = 0;
+                }
                 Ok(Ok(sums))
             }
             Err(PhaseError::Exchange(error)) => Err(error.into()),
             Err(PhaseError::Torch(error)) => Err(error.into()),
-            Err(PhaseError::NotFinite { what, .. })
-                if skips && self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW =>
-            {
-                self.skipped_in_a_row += 1;
-                Ok(Err(format!("no update in phase {phase}: {what} is not finite")))
-            }
-            Err(PhaseError::NotFinite { what, .. }) => {
-                Err(JobError::NotFinite { step: step + 1, phase: phase.name(), what })
-            }
+            Err(PhaseError::NotFinite { what, .. }) => match skipped.filter(|skipped| may_skip(skipped)) {
+                Some(skipped) => {
+                    *skipped += 1;
+                    Ok(Err(format!("no update in phase {phase}: {what} is not finite")))
+                }
+                None => Err(JobError::NotFinite { step: step + 1, phase: phase.name(), what }),
+            },
         }
     }
 
-    fn finish_step(&mut self, step: u64, [step_s, data_s]: [f64; 2], fed: u64, left_out: String) {
-        let sums = self.progressed.as_mut().map(|progressed| {
-            progressed.step = step + 1;
-            std::mem::take(&mut progressed.sums)
-        });
-        let Some([d, g1, g2]) = sums.as_deref() else { return };
+    fn finish_step(&mut self, step: u64, [step_s, data_s]: [f64; 2], fed: u64) {
+        let Some(progressed) = &mut self.progressed else { return };
+        progressed.step = step + 1;
+        let left_out = std::mem::take(&mut progressed.left_out).join("; ");
+        let sums = std::mem::take(&mut progressed.sums);
+        let [d, g1, g2] = sums.as_slice() else { return };
         let exchange_s = self.exchange.take_waited().as_secs_f64().min(step_s);
         let compute_s = (step_s - data_s - exchange_s).max(0.0);
         let receive_s = self.exchange.collective().take_receiving().as_secs_f64();

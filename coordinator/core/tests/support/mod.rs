@@ -168,6 +168,10 @@ pub fn tell(action: &Action) -> String {
             "commit {} step {} g{} by {}",
             manifest.run, manifest.step, manifest.generation, manifest.writer
         ),
+        Action::SweepCheckpoints { fence, step, retention } => format!(
+            "sweep {} up to step {step} g{}, keep {:?}, pinned {:?}",
+            fence.run, fence.generation, retention.keep, retention.pinned
+        ),
         Action::FlushRun { fence } => format!("flush {} g{}", fence.run, fence.generation),
         Action::RefuseStale { session, what, fence } => {
             format!("refuse {what} of s{} for {} g{}", session.0, fence.run, fence.generation)
