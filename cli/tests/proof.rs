@@ -223,7 +223,7 @@ async fn download_writes_verified_files_and_the_manifest_last() {
     assert_eq!((&json["step"], json["written"].as_array().unwrap().len()), (&9.into(), 4));
 
     let mut script = checkpointed();
-    script.objects.get_mut(&checkpoint_object(5, "optimizer.safetensors")).unwrap()[0] ^= 1;
+    script.objects.get_mut(&checkpoint_object(5, "g1/optimizer.safetensors")).unwrap()[0] ^= 1;
     let fake = Fake::start(script).await;
     let torn = folder.path().join("torn");
     let ran = fake.takuma(&["checkpoint", "download", "calm", "5", torn.to_str().unwrap()]).await;

@@ -131,7 +131,8 @@ fn every_key_of_a_run_is_known_and_can_be_set() {
         "batch_norm" => "local",
         "learning_rate" | "beta1" | "beta2" => "0.25",
         "bucket_bytes" => "8192",
-        "exact" => "false",
+        "exact" | "balance" => "false",
+        "on_nan" => "rollback",
         "exchange_timeout_ms" => "500",
         _ => "4",
     };
