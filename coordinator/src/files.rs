@@ -247,13 +247,17 @@ impl RunFiles {
                     CheckpointMark { step: manifest.step, weights_sha256: manifest.weights_sha256.clone() };
                 // Metrics first: whoever resumes from this checkpoint finds every line up to it.
                 let outcome = match self.flush_lines(true).await {
-                    Ok(()) => commit::commit(&self.store, &self.patience, &manifest).await,
+                    Ok(()) => commit::commit(&self.store, &self.patience, *manifest).await,
                     Err(error) => Err(error),
                 };
-                let committed = outcome.is_ok();
+                let (outcome, stands) = match outcome {
+                    Ok(stands) => (Ok(()), Some(stands)),
+                    Err(error) => (Err(error), None),
+                };
                 self.tell(Event::CheckpointSettled { fence, mark, outcome }).await;
-                if committed {
-                    self.sweeper.after_commit(&self.store, &manifest, &retention).await;
+                // Not by what was to be committed: an equal checkpoint may have been there, with parts of its own.
+                if let Some(stands) = stands {
+                    self.sweeper.after_commit(&self.store, &stands, &retention).await;
                 }
                 Ok(())
             }
