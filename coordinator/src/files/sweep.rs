@@ -42,7 +42,7 @@ impl Sweeper {
         let committed: Vec<Step> =
             folders.iter().filter(|(_, files)| has_manifest(files)).map(|(&step, _)| step).collect();
         let most = retention.keep.map_or(committed.len(), |keep| keep as usize);
-        let oldest = committed.iter().rev().take(most.max(1)).last().copied().unwrap_or(0);
+        let oldest = committed.get(committed.len().saturating_sub(most.max(1))).copied().unwrap_or(0);
         for (step, files) in folders {
             let stays = has_manifest(&files) && (step >= oldest || retention.pinned.contains(&step));
             if !stays {
