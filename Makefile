@@ -31,10 +31,12 @@ bench: build ## seconds per iteration beside PyTorch's, on this machine
 soak: build ## kill and stop workers, and the coordinator, for minutes beside an undisturbed run (SOAK_S, SOAK_EVERY_S); prints a table
 	@$(CARGO) test --release --locked --workspace --test soak -- --ignored --nocapture
 
-# The core alone: neither of the two needs libtorch.
-sim: ## the coordinator's decisions in SEEDS random schedules and SEEDS simulated clusters (default 20000), and a table
+# None of them needs libtorch.
+sim: ## the coordinator's decisions in SEEDS random schedules and SEEDS simulated clusters (default 20000), and behind gRPC in NET_SEEDS simulated networks (default 300)
 	@TAKUMA_SIM_SEEDS=$(or $(SEEDS),20000) TAKUMA_SIM_WORLDS=$(or $(SEEDS),20000) \
 		$(CARGO) test --release --locked -p takuma-core --test properties --test simulation -- --nocapture
+	@TAKUMA_NET_SEEDS=$(or $(NET_SEEDS),300) \
+		$(CARGO) test --release --locked -p takuma-coordinator --test network -- --nocapture
 
 planted: ## plant bugs in copies of the coordinator's core: each must be caught by the simulation
 	@scripts/planted-bugs.sh

@@ -15,10 +15,10 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A clock that starts now.
+    /// A clock that starts now, when the wall clock shows `wall`.
     #[must_use]
-    pub fn start() -> Self {
-        let origin_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    pub fn start(wall: SystemTime) -> Self {
+        let origin_unix = wall.duration_since(UNIX_EPOCH).unwrap_or_default();
         Self { origin: Instant::now(), origin_unix }
     }
 

@@ -47,7 +47,7 @@ impl ControlService {
         check_protocol("client", request.protocol_version)?;
         let mut config = RunConfig::from_json(&request.config_json)
             .map_err(|error| Refusal::Invalid(error.to_string()))?;
-        let (dataset, url) = read_manifest(&config.data).await?;
+        let (dataset, url) = read_manifest(&self.store, &config.data).await?;
         config.data = url;
         let name = Some(request.name).filter(|name| !name.is_empty());
         let origin = match request.origin_run.as_str() {
@@ -92,7 +92,7 @@ impl ControlService {
         let told = run.clone();
         let view = self.owner.query(move |cluster| cluster.run_view(&told)).await?;
         let data = view.map(|view| view.record.config.data).unwrap_or_default();
-        let (dataset, _) = read_manifest(&data).await?;
+        let (dataset, _) = read_manifest(&self.store, &data).await?;
         let name =
             self.owner.request(move |request| Event::ResumeRequested { request, run, dataset }).await?;
         self.view(name).await

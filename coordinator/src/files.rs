@@ -22,7 +22,7 @@ use takuma_core::record::{CheckpointMark, RunRecord};
 use takuma_core::time::Timestamp;
 use takuma_store::Store;
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,7 @@ use records::SaveError;
 use sweep::Sweeper;
 use tensorboard::EventFile;
 
+use crate::drawing::Drawing;
 use crate::owner::{Message, Owner};
 
 /// Jobs that may wait: ten minutes without a store at 20 steps a second. Small ones, but for the grids.
@@ -95,6 +96,8 @@ pub struct WriterSetup {
     pub lineage: Generation,
     /// Where events go.
     pub owner: Owner,
+    /// Where grids and the plot are drawn.
+    pub drawing: Drawing,
     /// Cancelled when the coordinator shuts down.
     pub hurry: CancellationToken,
     /// The run's writer before this one, if it may still be at work.
@@ -370,7 +373,7 @@ impl RunFiles {
             crate::samples::png(&picture)
                 .map(|png| ((picture.height, picture.width), bytes::Bytes::from(png)))
         };
-        let (size, png) = spawn_blocking(encode).await.map_err(|error| error.to_string())??;
+        let (size, png) = self.setup.drawing.draw(encode).await?;
         let (object, tag) = match kind {
             GridKind::Generated => (layout::sample_file(step), "samples"),
             GridKind::Reals => (layout::REALS_FILE.to_owned(), "reals"),
@@ -454,9 +457,7 @@ impl RunFiles {
     async fn flush_plot(&mut self) -> Result<(), String> {
         let Some(growing) = self.growing.as_ref().filter(|_| self.plot_stale) else { return Ok(()) };
         let (title, points) = (self.setup.title.clone(), growing.points.clone());
-        let drawn = spawn_blocking(move || plot::draw(&title, &points))
-            .await
-            .map_err(|error| error.to_string())??;
+        let drawn = self.setup.drawing.draw(move || plot::draw(&title, &points)).await?;
         let png = bytes::Bytes::from(drawn);
         persist(&self.patience, || self.store.put(layout::PLOT_FILE, png.clone())).await?;
         self.plot_stale = false;

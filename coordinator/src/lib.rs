@@ -20,6 +20,7 @@ mod connections;
 mod control;
 mod convert;
 mod datasets;
+mod drawing;
 mod files;
 pub mod lease;
 mod objects;
@@ -31,7 +32,7 @@ mod status;
 mod streams;
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::Stream;
 use takuma_core::cluster::Cluster;
@@ -45,7 +46,9 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
+use clock::Clock;
 use control::ControlService;
+pub use drawing::Drawing;
 use files::Records;
 use owner::{Message, Owner, StoreLost};
 use session::ClusterService;
@@ -75,11 +78,21 @@ pub struct Options {
     pub reunion_ms: u64,
     /// A worker whose step and phase do not change for so long is stuck.
     pub progress_timeout_ms: u64,
+    /// Asked once, at the start, for the time of day; a simulation has its own.
+    pub wall_clock: fn() -> SystemTime,
+    /// Where pictures are drawn.
+    pub drawing: Drawing,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { heartbeat_timeout_ms: 5_000, reunion_ms: 15_000, progress_timeout_ms: 600_000 }
+        Self {
+            heartbeat_timeout_ms: 5_000,
+            reunion_ms: 15_000,
+            progress_timeout_ms: 600_000,
+            wall_clock: SystemTime::now,
+            drawing: Drawing::default(),
+        }
     }
 }
 
@@ -193,7 +206,9 @@ impl Coordinator {
             ..takuma_core::cluster::Options::new(store.url(), env!("CARGO_PKG_VERSION"))
         });
         let interval_ms = u32::try_from(options.heartbeat_timeout_ms / 10).unwrap_or(u32::MAX).max(1);
-        let (owner, task) = Owner::start(cluster, store.clone(), records, interval_ms);
+        let clock = Clock::start((options.wall_clock)());
+        let (owner, task) =
+            Owner::start(cluster, store.clone(), records, clock, options.drawing, interval_ms);
         let coordinator = Self { owner, task: AbortOnDropHandle::new(task), store };
         for event in recovered {
             tell(&coordinator.owner, Message::Event(event)).await;

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::channels::{LogSubscription, RunChannels, Subscription};
 use crate::clock::Clock;
 use crate::convert;
+use crate::drawing::Drawing;
 use crate::files::{Job, Records, Writer, WriterSetup};
 
 /// Messages that may wait for the owner; senders wait when it is full.
@@ -87,14 +88,17 @@ impl Owner {
         cluster: Cluster,
         store: Store,
         records: Records,
+        clock: Clock,
+        drawing: Drawing,
         heartbeat_interval_ms: u32,
     ) -> (Self, JoinHandle<Result<(), StoreLost>>) {
         let (messages, inbox) = mpsc::channel(MAX_MESSAGES);
-        let owner = Self { messages, clock: Clock::start(), sessions: Arc::new(AtomicU64::new(1)) };
+        let owner = Self { messages, clock, sessions: Arc::new(AtomicU64::new(1)) };
         let state = State {
             cluster,
             store,
             records,
+            drawing,
             heartbeat_interval_ms,
             owner: owner.clone(),
             seats: HashMap::new(),
@@ -196,6 +200,7 @@ struct State {
     cluster: Cluster,
     store: Store,
     records: Records,
+    drawing: Drawing,
     heartbeat_interval_ms: u32,
     owner: Owner,
     seats: HashMap<SessionId, Seat>,
@@ -359,6 +364,7 @@ impl State {
                 began: record.as_ref().and_then(|record| record.origin.as_ref()).map_or(0, |from| from.step),
                 lineage: record.map_or_else(Default::default, |record| record.lineage),
                 owner: self.owner.clone(),
+                drawing: self.drawing,
                 hurry: self.hurry.clone(),
                 previous: self.closing.remove(run),
             };

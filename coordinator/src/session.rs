@@ -108,6 +108,8 @@ async fn read(
 ) {
     let reason = loop {
         let message = tokio::select! {
+            // In this order, so that a simulation of the same seed takes the same way.
+            biased;
             message = messages.message() => message,
             () = closed.cancelled() => break "it did not take its directives".to_owned(),
         };

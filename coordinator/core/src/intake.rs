@@ -229,22 +229,24 @@ impl Cluster {
             return;
         };
         let sessions: Vec<SessionId> = group.members.iter().map(|member| member.session).collect();
-        if let Err(error) = outcome {
-            let message = format!("the checkpoint of step {step} could not be stored: {error}");
-            // It came late: its parts may have been swept away as those of one that nobody needs.
-            if newest.is_some_and(|newest| newest > step) {
-                self.record(&fence.run, "checkpoint_lost", "", message);
-                return self.try_flush(&fence.run);
+        let (kind, message, committed) = match outcome {
+            Ok(()) => ("checkpoint", format!("the checkpoint of step {step} is stored"), step),
+            Err(error) => {
+                let message = format!("the checkpoint of step {step} could not be stored: {error}");
+                // It came late: its parts may have been swept away as those of one that nobody needs.
+                match newest.filter(|&newest| newest >= step) {
+                    Some(newest) => ("checkpoint_lost", message, newest),
+                    None => return self.fail(&fence.run, &message),
+                }
             }
-            return self.fail(&fence.run, &message);
-        }
+        };
         for session in sessions {
             if self.members.get(session).is_some() {
-                let directive = Directive::CheckpointCommitted { run: fence.run.clone(), step };
+                let directive = Directive::CheckpointCommitted { run: fence.run.clone(), step: committed };
                 self.direct(session, directive);
             }
         }
-        self.record(&fence.run, "checkpoint", "", format!("the checkpoint of step {step} is stored"));
+        self.record(&fence.run, kind, "", message);
         self.save(&fence.run, false);
         self.try_flush(&fence.run);
     }

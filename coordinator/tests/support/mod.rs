@@ -51,23 +51,7 @@ impl Place {
     }
 
     pub async fn write_dataset(&self, digest: &str) {
-        let shard = |file: String| ShardEntry { file, images: 2, size_bytes: 1, sha256: String::new() };
-        let manifest = DatasetManifest {
-            format: DATASET_FORMAT,
-            name: "faces".into(),
-            images: 128,
-            height: 64,
-            width: 64,
-            channels: 3,
-            quarantined: 0,
-            crop: 108,
-            seed: 0,
-            source: "drawn".into(),
-            digest: digest.into(),
-            shards: (0..64).map(takuma_core::layout::shard_file).map(shard).collect(),
-        };
-        let json = serde_json::to_vec(&manifest).unwrap();
-        self.store.put("datasets/faces/manifest.json", json).await.unwrap();
+        write_dataset(&self.store, digest).await;
     }
 
     pub fn config(&self, steps: u64) -> RunConfig {
@@ -76,6 +60,27 @@ impl Place {
         config.sample_every = 2;
         config
     }
+}
+
+/// Puts a small dataset's manifest into a store.
+pub async fn write_dataset(store: &Store, digest: &str) {
+    let shard = |file: String| ShardEntry { file, images: 2, size_bytes: 1, sha256: String::new() };
+    let manifest = DatasetManifest {
+        format: DATASET_FORMAT,
+        name: "faces".into(),
+        images: 128,
+        height: 64,
+        width: 64,
+        channels: 3,
+        quarantined: 0,
+        crop: 108,
+        seed: 0,
+        source: "drawn".into(),
+        digest: digest.into(),
+        shards: (0..64).map(takuma_core::layout::shard_file).map(shard).collect(),
+    };
+    let json = serde_json::to_vec(&manifest).unwrap();
+    store.put("datasets/faces/manifest.json", json).await.unwrap();
 }
 
 /// A running coordinator.
