@@ -27,7 +27,7 @@ use takuma_core::config::{Recipe, RunConfig};
 use world::{Outcome, simulate};
 
 /// What CI has time for.
-const SEEDS: u64 = 80;
+const SEEDS: u64 = 50;
 const STEPS: u64 = 60;
 
 /// Panics of tasks, which nobody else would tell.
