@@ -1,10 +1,12 @@
 //! What clients ask for: submit, stop, resume; and what a restart finds in the store.
 
 use crate::cluster::Cluster;
-use crate::config::RunConfig;
+use std::collections::BTreeSet;
+
+use crate::config::{OnNan, RunConfig};
 use crate::dataset::DatasetManifest;
 use crate::event::{Action, Directive, OriginCheckpoint, Refusal, RequestId, Submission};
-use crate::ids::Generation;
+use crate::ids::{Generation, Step};
 use crate::names;
 use crate::record::{DatasetFacts, RUN_FORMAT, RunRecord, RunStatus};
 use crate::run::Run;
@@ -64,7 +66,7 @@ impl Cluster {
             generation: Generation(0),
             generations_reserved: Generation(0),
             lineage: Generation(0),
-            passed_over: Default::default(),
+            passed_over: self.passed_over_by(submission),
             step: submission.origin.as_ref().map_or(0, |origin| origin.mark.step),
             origin: submission.origin.as_ref().map(|given| given.mark.clone()),
             elapsed_ms: 0,
@@ -73,6 +75,19 @@ impl Cluster {
             checkpoint: None,
             weights_sha256: String::new(),
             error: String::new(),
+        })
+    }
+
+    /// A fork that would roll back before a number that is none passes over what its origin did: it would only come to
+    /// the same number once more.
+    fn passed_over_by(&self, submission: &Submission) -> BTreeSet<Step> {
+        let rolls_back = submission.config.on_nan == OnNan::Rollback;
+        let Some(mark) = submission.origin.as_ref().map(|origin| &origin.mark).filter(|_| rolls_back) else {
+            return BTreeSet::new();
+        };
+        let origin = self.runs.get(&mark.run);
+        origin.map_or_else(BTreeSet::new, |origin| {
+            origin.record.passed_over.range(mark.step + 1..).copied().collect()
         })
     }
 

@@ -159,6 +159,9 @@ fn request(words: &[&str]) -> Event {
         "fork" => {
             let mut submission = submission(words[1], number(words[2]), None);
             submission.origin = Some(origin(words[3], number(words[4])));
+            if words.get(5) == Some(&"rollback") {
+                submission.config.on_nan = OnNan::Rollback;
+            }
             Event::RunSubmitted { request, submission }
         }
         "stop" => Event::StopRequested { request, run: words[1].into() },
