@@ -129,12 +129,15 @@ fn endurance() {
     let before = (resident_mb(coordinator), descriptors(coordinator));
     println!("{WORKERS} workers, {seconds} s each, something every {every} s");
     println!("undisturbed: {:.2} steps/s", calm.steps_per_s);
-    println!("what                        times  steps/s  kept  stall p50    p99    max");
+    println!(
+        "what                        times  steps/s  kept  until the next group stood: p50    p99    max"
+    );
     let troubles = [
         ("SIGKILL of a worker", Trouble::Kill, 1.0),
         ("SIGSTOP of a worker", Trouble::Stop, 2.5),
         ("SIGKILL of the coordinator", Trouble::KillCoordinator, 0.0),
     ];
+    println!("(from when the loss was noticed: a stopped worker is missed after 1.5 s of silence)");
     for (number, (what, trouble, longest_s)) in troubles.into_iter().enumerate() {
         let outcome = soak.run(&format!("storm-{number}"), Some(trouble));
         let stall = |share: f64| {
@@ -142,7 +145,7 @@ fn endurance() {
             outcome.stalls.get(at.round() as usize).copied().unwrap_or(0.0)
         };
         println!(
-            "{what:<27} {:>5} {:>8.2} {:>4.0}% {:>9.2} s {:>4.2} s {:>4.2} s",
+            "{what:<27} {:>5} {:>8.2} {:>4.0}% {:>32.2} s {:>4.2} s {:>4.2} s",
             outcome.strikes,
             outcome.steps_per_s,
             100.0 * outcome.steps_per_s / calm.steps_per_s,
