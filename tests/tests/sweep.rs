@@ -108,6 +108,13 @@ fn survives(fault: &str) {
         cluster.worker(&name).kill();
     }
     is_as_if_undisturbed(&cluster);
+    let events = cluster.events("swept");
+    for name in (0..FAULTS).map(|number| format!("doomed-{number} ")) {
+        let told = |event: &Value| {
+            event["kind"] == "worker_lost" && event["message"].as_str().unwrap().contains(&name)
+        };
+        assert!(events.iter().any(told), "the loss of {name}is told");
+    }
 }
 
 #[test]
