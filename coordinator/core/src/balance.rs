@@ -5,9 +5,9 @@
 //! joins. The result does not depend on shares, only the time does.
 
 use crate::cluster::Cluster;
-use crate::event::SessionId;
+use crate::event::{Progress, SessionId};
 use crate::ids::Step;
-use crate::run::{Group, Stage};
+use crate::run::Group;
 
 /// Heartbeats about different steps that every member must have sent since the group's shares were dealt.
 const LOOKS: u32 = 10;
@@ -44,17 +44,11 @@ impl Speed {
 }
 
 impl Cluster {
-    /// Takes in how long the member behind a heartbeat computed.
-    pub(crate) fn note_speed(&mut self, session: SessionId) {
-        let Some(progress) = self.members.get(session).and_then(|worker| worker.progress.clone()) else {
-            return;
-        };
-        let Some(run) = self.runs.get_mut(&progress.fence.run) else { return };
-        if !run.record.config.balance || run.record.generation != progress.fence.generation {
-            return;
-        }
-        let Some(group) = run.group.as_mut().filter(|group| group.stage == Stage::Training) else { return };
-        let Some(rank) = group.rank_of(session) else { return };
+    /// Takes in how long a member of a group in training computed, by its heartbeat.
+    pub(crate) fn note_speed(&mut self, progress: &Progress, rank: usize) {
+        let run = self.runs.get_mut(&progress.fence.run).filter(|run| run.record.config.balance);
+        let Some(run) = run else { return };
+        let Some(group) = &mut run.group else { return };
         let member = &mut group.members[rank];
         let slots = f64::from(member.slots.count.max(1));
         run.speeds_changed |= member.speed.look(progress.step, progress.times.compute_s / slots);

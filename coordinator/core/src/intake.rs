@@ -15,8 +15,10 @@ use crate::run::Gap;
 impl Cluster {
     pub(crate) fn on_heartbeat(&mut self, session: SessionId, progress: Progress) {
         self.members.heard(self.now, session, progress);
-        self.note_speed(session);
-        self.watch_pace(session);
+        if let Some((progress, rank)) = self.training_member(session) {
+            self.note_speed(&progress, rank);
+            self.watch_pace(session, &progress, rank);
+        }
     }
 
     /// Takes the next step's metrics; those that came before are repeats.

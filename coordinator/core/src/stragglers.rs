@@ -5,7 +5,7 @@
 //! A slow link holds everybody up alike; it shows in how long gradients were on it, at its receiving end.
 
 use crate::cluster::Cluster;
-use crate::event::{SessionId, StepTimes};
+use crate::event::{Progress, SessionId, StepTimes};
 use crate::ids::Step;
 use crate::run::Stage;
 
@@ -28,23 +28,19 @@ pub(crate) struct Pace {
 }
 
 impl Cluster {
-    /// Looks whether the member behind a heartbeat holds its group up.
-    pub(crate) fn watch_pace(&mut self, session: SessionId) {
-        let Some(progress) = self.members.get(session).and_then(|worker| worker.progress.clone()) else {
-            return;
-        };
-        let Some(run) = self
-            .runs
-            .get(&progress.fence.run)
-            .filter(|run| run.group.as_ref().is_some_and(|group| group.stage == Stage::Training))
-        else {
-            return;
-        };
-        let Some(group) = run.group.as_ref().filter(|_| run.record.generation == progress.fence.generation)
-        else {
-            return;
-        };
-        let Some(rank) = group.rank_of(session) else { return };
+    /// What a member told last, and its rank, while its group trains.
+    pub(crate) fn training_member(&self, session: SessionId) -> Option<(Progress, usize)> {
+        let progress = self.members.get(session)?.progress.clone()?;
+        let run = self.runs.get(&progress.fence.run)?;
+        let group = run.group.as_ref().filter(|group| group.stage == Stage::Training)?;
+        let rank = group.rank_of(session).filter(|_| run.record.generation == progress.fence.generation)?;
+        Some((progress, rank))
+    }
+
+    /// Looks whether a member of a group in training holds it up, by its heartbeat.
+    pub(crate) fn watch_pace(&mut self, session: SessionId, progress: &Progress, rank: usize) {
+        let Some(run) = self.runs.get(&progress.fence.run) else { return };
+        let Some(group) = &run.group else { return };
         if group.members[rank].pace.step == progress.step {
             return;
         }

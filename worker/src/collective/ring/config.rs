@@ -49,8 +49,8 @@ pub struct RingConfig {
 }
 
 impl RingConfig {
-    /// A configuration with the usual limits: one lane a rank, 2 channels, 30 s to form, 1.5 s to reach the next rank, 120 s without
-    /// data, 1.5 s without a sign of life. The last is what a stopped process costs its group; a healthy
+    /// A configuration with the usual limits: one lane a rank, 2 channels, 30 s to form, 1.5 s to reach the next
+    /// rank, 120 s without data, 1.5 s without a sign of life. The last is what a stopped process costs its group; a healthy
     /// one gives a sign every quarter of a second, whatever its trainer does.
     #[must_use]
     pub fn new(run: &str, rank: Rank, generation: Generation, members: Vec<String>) -> Self {
