@@ -168,6 +168,12 @@ impl ShardPool {
         self.inner.shelves.borrow().status()
     }
 
+    /// The wanted shards by number, once all of them are here and verified.
+    #[must_use]
+    pub fn resident(&self) -> Option<Vec<(u32, Shard)>> {
+        self.inner.shelves.borrow().resident()
+    }
+
     /// Waits until all wanted shards are resident or the time is over, and says how far the loading is then.
     ///
     /// # Errors

@@ -99,6 +99,15 @@ impl Shard {
         self.images
     }
 
+    /// All images' pixels, one behind the other.
+    ///
+    /// # Shapes
+    /// `[images, height, width, channels]`, u8.
+    #[must_use]
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
     /// One image's pixels.
     ///
     /// # Shapes

@@ -3,11 +3,12 @@
 //! * [`control`]: the session with the coordinator; loads a run and starts its trainer.
 //! * [`trainer`]: the step loop. [`recipe`]: losses and phases. [`model`]: the networks.
 //! * [`collective`]: sums over workers. [`checkpoint`]: state to the store and back.
-//! * [`torch`]: what takuma needs of libtorch and tch lacks.
+//! * [`device`]: processor or GPU. [`torch`]: what takuma needs of libtorch and tch lacks.
 
 pub mod checkpoint;
 pub mod collective;
 pub mod control;
+pub mod device;
 pub mod model;
 pub mod recipe;
 pub mod torch;

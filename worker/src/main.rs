@@ -1,12 +1,13 @@
 //! `takuma-worker`: joins a coordinator and trains what it is told to.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use takuma_worker::collective::RingListener;
 use takuma_worker::control::{LogForwarder, Options, serve};
+use takuma_worker::device::{self, DeviceChoice, Inventory};
 use tikv_jemallocator::Jemalloc;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::layer::SubscriberExt;
@@ -32,6 +33,10 @@ struct Args {
     /// Name to appear under; by default the coordinator picks worker-1, worker-2, ...
     #[arg(long, env = "TAKUMA_WORKER_NAME", default_value = "")]
     name: String,
+    /// What computes: auto, cpu, cuda or cuda:N. auto takes the first GPU if there is one; a GPU that is there and
+    /// cannot be used is an error.
+    #[arg(long, env = "TAKUMA_DEVICE", default_value = "auto")]
+    device: DeviceChoice,
     /// Compute threads; by default one for each processor.
     #[arg(long, env = "TAKUMA_THREADS")]
     threads: Option<u32>,
@@ -45,6 +50,18 @@ struct Args {
     /// How log lines look.
     #[arg(long, env = "TAKUMA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Lists what a worker can compute on here, and ends.
+    Devices {
+        /// As one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -57,6 +74,9 @@ enum LogFormat {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(Command::Devices { json }) = args.command {
+        return list_devices(json);
+    }
     let (forwarder, log_lines) = LogForwarder::new();
     start_logging(args.log_format, forwarder.clone());
     match run(args, forwarder, log_lines) {
@@ -68,11 +88,24 @@ fn main() -> ExitCode {
     }
 }
 
+fn list_devices(json: bool) -> ExitCode {
+    let inventory = Inventory::take();
+    let lines = match serde_json::to_string(&inventory) {
+        Ok(object) if json => vec![object],
+        _ => inventory.lines(),
+    };
+    let mut out = std::io::stdout().lock();
+    let is_written = lines.iter().all(|line| writeln!(out, "{line}").is_ok());
+    if is_written { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 fn run(
     args: Args,
     forwarder: LogForwarder,
     log_lines: tokio::sync::mpsc::Receiver<takuma_proto::v1::LogLine>,
 ) -> anyhow::Result<()> {
+    // Before anything else: libtorch decides at the first question whether it has CUDA.
+    let device = args.device.open()?;
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
     let threads = args.threads.unwrap_or(processors).max(1);
     takuma_worker::torch::configure(threads);
@@ -87,8 +120,9 @@ fn run(
         name: args.name,
         advertise: args.advertise.filter(|host| host != "auto"),
         threads,
-        device: "cpu".to_owned(),
+        device,
     };
+    tracing::info!(threads, "computing on {}", device::name(device));
     // The control side is light: one thread beside the trainer's.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {

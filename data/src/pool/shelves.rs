@@ -104,6 +104,18 @@ impl Shelves {
         PoolStatus { resident: self.shelves.values().filter(resident).count(), wanted: self.shelves.len() }
     }
 
+    /// The wanted shards, if all of them are here and none is damaged.
+    pub(super) fn resident(&self) -> Option<Vec<(u32, Shard)>> {
+        if self.closed || !self.faults.is_empty() {
+            return None;
+        }
+        let resident = |(&number, shelf): (&u32, &Shelf)| match &shelf.content {
+            Content::Resident(shard) => Some((number, shard.clone())),
+            Content::Loading(_) => None,
+        };
+        self.shelves.iter().map(resident).collect()
+    }
+
     /// Takes note of an image that was read alone. Returns the shard's own pixels if it came meanwhile.
     pub(super) fn read_alone(&mut self, shard: u32, sum: Sum) -> Option<Bytes> {
         match &mut self.shelves.get_mut(&shard)?.content {

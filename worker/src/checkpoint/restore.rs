@@ -33,6 +33,12 @@ pub enum CheckpointError {
         /// "size" or "SHA-256".
         what: &'static str,
     },
+    /// A snapshot cannot be brought from the GPU.
+    #[error("the state cannot be read from the GPU: {0}")]
+    Device(String),
+    /// A snapshot cannot be written down.
+    #[error("the state makes no safetensors file: {0}")]
+    Format(#[from] safetensors::SafeTensorError),
     /// A part does not hold this recipe's tensors.
     #[error("{part} does not fit this recipe: {reason}")]
     Unreadable {

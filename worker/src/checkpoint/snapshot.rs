@@ -5,6 +5,7 @@
 //! `.step`. Tensors are contiguous in PyTorch's default layout.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use takuma_core::checkpoint::CHECKPOINT_PARTS;
@@ -13,6 +14,11 @@ use tch::{Device, Kind, Tensor};
 use super::restore::CheckpointError;
 use crate::model::Network;
 use crate::recipe::Dcgan;
+use crate::torch::TorchError;
+use crate::torch::cuda::Event;
+
+/// A GPU that has not copied its state by then is stuck: it takes less than a millisecond.
+const COPY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A tensor's bytes outside of libtorch.
 struct Copied {
@@ -21,29 +27,50 @@ struct Copied {
     bytes: Vec<u8>,
 }
 
+/// A tensor as it was at one moment.
+enum Taken {
+    OnHost(Copied),
+    /// A copy on the GPU, in its own time: training goes on behind it.
+    OnDevice(Tensor),
+}
+
 /// A copy of networks and optimizers after `step` finished steps.
 pub struct Snapshot {
     /// Finished steps.
     pub step: u64,
-    parts: [BTreeMap<String, Copied>; 3],
+    parts: [BTreeMap<String, Taken>; 3],
+    /// When the copies on a GPU are made.
+    ready: Event,
 }
 
 impl Snapshot {
     /// Copies `net` as it stands after `step` finished steps.
-    #[must_use]
-    pub fn take(net: &Dcgan, step: u64) -> Self {
-        let parts = parts_of(net).map(|part| part.iter().map(|(name, t)| (name.clone(), copy(t))).collect());
-        Self { step, parts }
+    ///
+    /// # Errors
+    /// libtorch's, on a GPU that fails.
+    pub fn take(net: &Dcgan, step: u64) -> Result<Self, TorchError> {
+        let parts = parts_of(net).map(|part| part.iter().map(|(name, t)| (name.clone(), take(t))).collect());
+        let mut ready = Event::new(net.state().generator.arithmetic().device)?;
+        ready.record()?;
+        Ok(Self { step, parts, ready })
     }
 
     /// The parts as safetensors files, in the order of [`CHECKPOINT_PARTS`]. Equal snapshots give
     /// equal bytes.
     ///
     /// # Errors
-    /// What the safetensors crate refuses; it accepts every snapshot that was taken.
-    pub fn serialize(&self) -> Result<[Vec<u8>; 3], safetensors::SafeTensorError> {
-        let [g, d, o] = &self.parts;
-        Ok([file(g)?, file(d)?, file(o)?])
+    /// A GPU's; what the safetensors crate refuses, which accepts every snapshot that was taken.
+    pub fn serialize(mut self) -> Result<[Vec<u8>; 3], CheckpointError> {
+        match self.ready.wait(Instant::now() + COPY_TIMEOUT) {
+            Ok(true) => {}
+            Ok(false) => return Err(CheckpointError::Device(format!("no copy within {COPY_TIMEOUT:?}"))),
+            Err(error) => return Err(CheckpointError::Device(error.to_string())),
+        }
+        let host = |part: BTreeMap<String, Taken>| {
+            file(&part.into_iter().map(|(name, taken)| (name, taken.on_host())).collect())
+        };
+        let [g, d, o] = self.parts.map(host);
+        Ok([g?, d?, o?])
     }
 }
 
@@ -129,8 +156,24 @@ pub fn network_tensors(network: &dyn Network) -> BTreeMap<String, Tensor> {
     parameters.chain(buffers).collect()
 }
 
+impl Taken {
+    fn on_host(self) -> Copied {
+        match self {
+            Self::OnHost(copied) => copied,
+            Self::OnDevice(tensor) => copy(&tensor),
+        }
+    }
+}
+
+fn take(tensor: &Tensor) -> Taken {
+    if tensor.device().is_cuda() {
+        return Taken::OnDevice(tensor.detach().copy());
+    }
+    Taken::OnHost(copy(tensor))
+}
+
 fn copy(tensor: &Tensor) -> Copied {
-    let dense = tensor.detach().contiguous();
+    let dense = tensor.detach().to_device(Device::Cpu).contiguous();
     let dtype = dtype_of(dense.kind());
     let mut bytes = vec![0u8; dense.numel() * dense.kind().elt_size_in_bytes()];
     dense
@@ -141,12 +184,12 @@ fn copy(tensor: &Tensor) -> Copied {
     Copied { dtype, shape, bytes }
 }
 
-fn file(part: &BTreeMap<String, Copied>) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+fn file(part: &BTreeMap<String, Copied>) -> Result<Vec<u8>, CheckpointError> {
     let views = part
         .iter()
         .map(|(name, copied)| Ok((name, TensorView::new(copied.dtype, copied.shape.clone(), &copied.bytes)?)))
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    safetensors::serialize(views, None)
+    Ok(safetensors::serialize(views, None)?)
 }
 
 /// The view as a tensor, if it has `wanted`'s shape and type.

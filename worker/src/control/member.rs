@@ -27,6 +27,8 @@ pub(super) struct Member {
     progress: Arc<Progress>,
     stopper: Stopper,
     spool: Spool,
+    /// What computes.
+    device: tch::Device,
     parked: bool,
     /// Cannot go on, and why; only that must still be sent.
     failed: Option<((run_failed::Kind, i32), String)>,
@@ -56,7 +58,7 @@ pub(super) enum Happening {
 
 impl Member {
     /// Begins to load what `prepare` asks for.
-    pub(super) fn begin(prepare: Prepare, listener: &RingListener) -> Self {
+    pub(super) fn begin(prepare: Prepare, listener: &RingListener, device: tch::Device) -> Self {
         listener.fence(&prepare.run_id, Generation(prepare.generation));
         let (run, generation, rank) = (prepare.run.clone(), prepare.generation, prepare.rank);
         let spool = Spool::new(Stamp { run: run.clone(), generation, rank });
@@ -76,6 +78,7 @@ impl Member {
             progress,
             stopper: Stopper::default(),
             spool,
+            device,
             parked: false,
             failed: None,
         }
@@ -233,10 +236,11 @@ impl Member {
         let (notes, outbox) = unbounded_channel();
         let generation = self.present.generation;
         let parts = Parts {
+            device: self.device,
             config: ready.config,
             target_steps: ready.target_steps,
             passed_over: ready.passed_over,
-            feed: ready.feed,
+            feed: ready.feed.on(self.device),
             checkpoint: ready.checkpoint,
             joins: ready.joins,
             progress: Arc::clone(&self.progress),

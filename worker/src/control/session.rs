@@ -52,8 +52,8 @@ pub struct Options {
     pub advertise: Option<String>,
     /// Compute threads.
     pub threads: u32,
-    /// "cpu".
-    pub device: String,
+    /// What computes.
+    pub device: tch::Device,
 }
 
 /// Why the worker gives up for good.
@@ -118,6 +118,7 @@ pub async fn serve(
         logs: &logs,
         log_lines: &mut log_lines,
         shutdown: &shutdown,
+        device: options.device,
     };
     while !shutdown.is_cancelled() {
         let begin = Instant::now();
@@ -221,7 +222,7 @@ impl Session {
                 .map_err(|e| unreachable(e.to_string()))?,
             host: gethostname::gethostname().to_string_lossy().into_owned(),
             pid: std::process::id(),
-            device: options.device.clone(),
+            device: crate::device::name(options.device),
             threads: options.threads,
             libtorch_version: crate::LIBTORCH_VERSION.to_owned(),
             membership: member.and_then(Member::claim),
@@ -385,6 +386,7 @@ struct Worker<'a> {
     logs: &'a LogForwarder,
     log_lines: &'a mut mpsc::Receiver<LogLine>,
     shutdown: &'a CancellationToken,
+    device: tch::Device,
 }
 
 impl Worker<'_> {
@@ -431,7 +433,7 @@ impl Worker<'_> {
             Some(member) if member.goes_on_with(&prepare) => member.go_on(prepare, self.listener),
             _ => {
                 self.drop_member("another group takes its place");
-                self.member = Some(Member::begin(prepare, self.listener));
+                self.member = Some(Member::begin(prepare, self.listener, self.device));
             }
         }
         self.logs.enter(self.member.as_ref().map(Member::place));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
-use super::parameters::{Parameter, Weights};
+use super::parameters::{Network, Parameter, Weights};
 use crate::torch::{self, SumReducer, TorchError};
 
 /// Added to the variance (PyTorch's default).
@@ -30,7 +30,8 @@ pub struct BatchNorm {
     bias: Parameter,
     running_mean: Tensor,
     running_var: Tensor,
-    batches: i64,
+    /// Shared by all normalisations of a network.
+    batches: Tensor,
 }
 
 /// Statistics of a forward pass that wait for their phase to be applied.
@@ -47,14 +48,14 @@ struct NormUpdate {
 impl BatchNorm {
     /// A layer over `channels`: scale 1, shift 0, running mean 0 and variance 1.
     pub fn new(weights: &Weights, name: &str, channels: i64) -> Self {
-        let options = (weights.kind(), tch::Device::Cpu);
+        let options = (weights.arithmetic().kind, weights.arithmetic().device);
         Self {
             name: name.to_owned(),
             weight: weights.constant(&format!("{name}.weight"), &[channels], 1.0),
             bias: weights.constant(&format!("{name}.bias"), &[channels], 0.0),
             running_mean: Tensor::zeros([channels], options),
             running_var: Tensor::ones([channels], options),
-            batches: 0,
+            batches: weights.batches(),
         }
     }
 
@@ -68,7 +69,7 @@ impl BatchNorm {
             bias: self.bias.alias(),
             running_mean: self.running_mean.copy(),
             running_var: self.running_var.copy(),
-            batches: self.batches,
+            batches: self.batches.copy(),
         }
     }
 
@@ -129,7 +130,7 @@ impl BatchNorm {
         [
             (format!("{}.running_mean", self.name), self.running_mean.shallow_clone()),
             (format!("{}.running_var", self.name), self.running_var.shallow_clone()),
-            (format!("{}.num_batches_tracked", self.name), Tensor::from(self.batches)),
+            (format!("{}.num_batches_tracked", self.name), self.batches.shallow_clone()),
         ]
     }
 
@@ -140,39 +141,48 @@ impl BatchNorm {
     pub fn restore(&mut self, buffers: &[Tensor; 3]) -> Result<(), tch::TchError> {
         self.running_mean.f_copy_(&buffers[0])?;
         self.running_var.f_copy_(&buffers[1])?;
-        self.batches = buffers[2].int64_value(&[]);
+        self.batches.f_copy_(&buffers[2])?;
         Ok(())
     }
 
-    /// Mixes one part's statistics into the running ones; the running variance is the unbiased one.
-    ///
-    /// # Source
-    /// `torch.nn.BatchNorm2d`.
-    fn update(&mut self, mean: &Tensor, variance: &Tensor, elements: f64) {
-        let kind = self.running_mean.kind();
-        let unbiased = elements / (elements - 1.0).max(1.0);
-        let mix = |running: &Tensor, new: Tensor| {
-            (running.to_kind(Kind::Double) * (1.0 - MOMENTUM) + new * MOMENTUM).to_kind(kind)
-        };
-        self.running_mean = mix(&self.running_mean, mean.shallow_clone());
-        self.running_var = mix(&self.running_var, variance * unbiased);
-        self.batches += 1;
-    }
 }
 
 impl NormUpdates {
-    /// Commits the statistics of one forward pass to `norms`, part after part. May be called again:
-    /// a forward pass that stands for two updates counts twice.
+    /// Commits the statistics of one forward pass to the layers of `network`, part after part, unless the scalar
+    /// `left_out` is 1 by then. May be called again: a forward pass that stands for two updates counts twice.
+    /// The running variance is the unbiased one.
+    ///
+    /// # Errors
+    /// libtorch's.
     ///
     /// # Panics
-    /// If `norms` are not the layers of that pass.
-    pub fn commit(&self, norms: Vec<&mut BatchNorm>) {
+    /// If `network` is not that of the pass.
+    ///
+    /// # Source
+    /// `torch.nn.BatchNorm2d`.
+    pub fn commit(&self, network: &dyn Network, left_out: Option<&Tensor>) -> Result<(), TorchError> {
+        let norms = network.norms();
         assert_eq!(norms.len(), self.0.len(), "each layer normalised once in the pass");
-        for (norm, update) in norms.into_iter().zip(&self.0) {
-            for group in 0..update.stats.size()[0] {
-                let stats = update.stats.get(group);
-                norm.update(&stats.get(0), &stats.get(1), update.elements);
-            }
+        let layers: Vec<_> = norms
+            .iter()
+            .zip(&self.0)
+            .map(|(norm, update)| torch::RunningStatistics {
+                mean: &norm.running_mean,
+                variance: &norm.running_var,
+                batch: &update.stats,
+                elements: update.elements,
+            })
+            .collect();
+        torch::commit_statistics(&layers, MOMENTUM, left_out)?;
+        let groups = self.0.first().map_or(0, |update| update.stats.size()[0]);
+        let counted = match left_out {
+            None => Tensor::from(groups),
+            Some(left_out) => (left_out * -(groups as f64) + groups as f64).to_kind(Kind::Int64),
+        };
+        // Shared by all layers.
+        if let Some(norm) = norms.first() {
+            drop(norm.batches.shallow_clone().g_add_(&counted));
         }
+        Ok(())
     }
 }

@@ -1,7 +1,8 @@
 //! DCGAN's discriminator: 64x64 colour images to one logit each.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::arithmetic::cast;
 use super::batch_norm::{BatchNorm, NormUpdates, Pass};
 use super::layers::{Conv, Linear};
 use super::parameters::{Network, Parameter, Weights};
@@ -16,6 +17,7 @@ const SLOPE: f64 = 0.2;
 /// Four 5x5 stride-2 convolutions, batch norm on the last three, LeakyReLU after each, one linear.
 #[derive(Debug)]
 pub struct Discriminator {
+    compute: Kind,
     conv1: Conv,
     conv2: Conv,
     bn2: BatchNorm,
@@ -30,6 +32,7 @@ impl Discriminator {
     /// With `c` channels after the first convolution and twice as many after each further one.
     pub fn new(weights: &mut Weights, c: i64) -> Self {
         Self {
+            compute: weights.arithmetic().compute,
             conv1: Conv::new(weights, "conv1", 3, c),
             conv2: Conv::new(weights, "conv2", c, 2 * c),
             bn2: BatchNorm::new(weights, "bn2", 2 * c),
@@ -45,6 +48,7 @@ impl Discriminator {
     #[must_use]
     pub fn alias(&self) -> Self {
         Self {
+            compute: self.compute,
             conv1: self.conv1.alias(),
             conv2: self.conv2.alias(),
             bn2: self.bn2.alias(),
@@ -59,7 +63,7 @@ impl Discriminator {
     /// Logits in training.
     ///
     /// # Shapes
-    /// `images_nchw` `[N, 3, 64, 64]` in `[-1, 1]` to `[N]`.
+    /// `images_nchw` `[N, 3, 64, 64]` in `[-1, 1]`, of any type, to `[N]` in the weights' type.
     ///
     /// # Errors
     /// libtorch's, or a failed exchange of batch statistics.
@@ -69,12 +73,15 @@ impl Discriminator {
         pass: &Pass,
         updates: &mut NormUpdates,
     ) -> Result<Tensor, TorchError> {
-        let mut x = torch::leaky_relu(&self.conv1.forward(images_nchw), SLOPE)?;
+        let images_nchw = cast(images_nchw, self.compute);
+        let mut x = torch::leaky_relu(&self.conv1.forward(&images_nchw), SLOPE)?;
         for (conv, norm) in [(&self.conv2, &self.bn2), (&self.conv3, &self.bn3), (&self.conv4, &self.bn4)] {
             x = norm.train(&conv.forward(&x), SLOPE, pass, updates)?;
         }
-        // PyTorch flattens in [C, H, W] order whatever the memory's.
-        Ok(self.fc.forward(&x.contiguous().flatten(1, -1)).view(-1))
+        // PyTorch flattens in [C, H, W] order whatever the memory's. The logit has the weights' precision: the
+        // loss is made of it, and one column costs nothing.
+        let features = cast(&x.contiguous().flatten(1, -1), self.fc.kind());
+        Ok(self.fc.forward(&features).view(-1))
     }
 }
 

@@ -1,7 +1,8 @@
 //! DCGAN's generator: noise to 64x64 colour images.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::arithmetic::{Arithmetic, cast};
 use super::batch_norm::{BatchNorm, NormUpdates, Pass};
 use super::layers::{Deconv, Linear};
 use super::parameters::{Network, Parameter, Weights, channels_last};
@@ -19,6 +20,7 @@ const RELU: f64 = 0.0;
 /// A linear layer with ReLU, then batch norm and four 5x5 stride-2 transposed convolutions; tanh.
 #[derive(Debug)]
 pub struct Generator {
+    compute: Kind,
     channels: i64,
     fc: Linear,
     bn0: BatchNorm,
@@ -35,6 +37,7 @@ impl Generator {
     /// With `8c` channels in the first feature map, halved by each transposed convolution.
     pub fn new(weights: &mut Weights, c: i64) -> Self {
         Self {
+            compute: weights.arithmetic().compute,
             channels: 8 * c,
             fc: Linear::new(weights, "fc", NOISE_LEN, 8 * c * START * START),
             bn0: BatchNorm::new(weights, "bn0", 8 * c),
@@ -48,10 +51,18 @@ impl Generator {
         }
     }
 
+    /// Where it lies and what it computes in.
+    #[must_use]
+    pub fn arithmetic(&self) -> Arithmetic {
+        let weight = &self.fc.parameters()[0].tensor;
+        Arithmetic { device: weight.device(), kind: weight.kind(), compute: self.compute }
+    }
+
     /// The same weights in the same memory, with gradients of their own: for one lane of a worker.
     #[must_use]
     pub fn alias(&self) -> Self {
         Self {
+            compute: self.compute,
             channels: self.channels,
             fc: self.fc.alias(),
             bn0: self.bn0.alias(),
@@ -68,7 +79,8 @@ impl Generator {
     /// Images in training.
     ///
     /// # Shapes
-    /// `noise_nz` `[N, 100]` in `[-1, 1]` to `[N, 3, 64, 64]` in `[-1, 1]`, channels_last.
+    /// `noise_nz` `[N, 100]` in `[-1, 1]` to `[N, 3, 64, 64]` in `[-1, 1]`, channels_last, in the type that
+    /// the network computes in.
     ///
     /// # Errors
     /// libtorch's, or a failed exchange of batch statistics.
@@ -78,14 +90,15 @@ impl Generator {
         pass: &Pass,
         updates: &mut NormUpdates,
     ) -> Result<Tensor, TorchError> {
-        let mut x = self.bn0.train(&self.stem(noise_nz), LINEAR, pass, updates)?;
+        let noise_nz = cast(noise_nz, self.compute);
+        let mut x = self.bn0.train(&self.stem(&noise_nz), LINEAR, pass, updates)?;
         for (deconv, norm) in self.blocks() {
             x = norm.train(&deconv.forward(&x), RELU, pass, updates)?;
         }
         Ok(self.deconv4.forward(&x).tanh())
     }
 
-    /// Images with the running statistics: what samples show.
+    /// Images with the running statistics: what samples show. Computed in the type of `noise_nz`.
     ///
     /// # Shapes
     /// As [`Generator::train`].

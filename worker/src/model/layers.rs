@@ -1,7 +1,11 @@
 //! Convolutions and the linear layer: parameters and the fastest exact way through libtorch.
+//!
+//! A layer computes in the type of its input; its weights are cast to it, and their gradients come back in
+//! the weights' own type.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::arithmetic::cast;
 use super::parameters::{Parameter, Weights};
 
 /// Side of every kernel.
@@ -24,7 +28,8 @@ impl Conv {
 
     /// `[N, C, H, W]` to `[N, outputs, H/2, W/2]`. Source: `torch.nn.Conv2d(C, outputs, 5, 2, 2)`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.conv2d(&self.weight.tensor, Some(&self.bias.tensor), [2, 2], [2, 2], [1, 1], 1)
+        let [weight, bias] = self.parameters().map(|parameter| cast(&parameter.tensor, x.kind()));
+        x.conv2d(&weight, Some(&bias), [2, 2], [2, 2], [1, 1], 1)
     }
 
     pub fn alias(&self) -> Self {
@@ -54,7 +59,8 @@ impl Deconv {
     /// `[N, C, H, W]` to `[N, outputs, 2H, 2W]`.
     /// Source: `torch.nn.ConvTranspose2d(C, outputs, 5, 2, 2, output_padding=1)`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.conv_transpose2d(&self.weight.tensor, Some(&self.bias.tensor), [2, 2], [2, 2], [1, 1], 1, [1, 1])
+        let [weight, bias] = self.parameters().map(|parameter| cast(&parameter.tensor, x.kind()));
+        x.conv_transpose2d(&weight, Some(&bias), [2, 2], [2, 2], [1, 1], 1, [1, 1])
     }
 
     pub fn alias(&self) -> Self {
@@ -83,7 +89,13 @@ impl Linear {
 
     /// `[N, inputs]` to `[N, outputs]`. Source: `torch.nn.Linear`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight.tensor, Some(&self.bias.tensor))
+        let [weight, bias] = self.parameters().map(|parameter| cast(&parameter.tensor, x.kind()));
+        x.linear(&weight, Some(&bias))
+    }
+
+    /// Type of the weights.
+    pub fn kind(&self) -> Kind {
+        self.weight.tensor.kind()
     }
 
     pub fn alias(&self) -> Self {

@@ -5,12 +5,14 @@
 //!
 //! Letters in shapes: N images, C channels, H height, W width, Z noise.
 
+mod arithmetic;
 mod batch_norm;
 mod discriminator;
 mod generator;
 mod layers;
 mod parameters;
 
+pub use arithmetic::Arithmetic;
 pub use batch_norm::{BatchNorm, NormUpdates, Pass};
 pub use discriminator::Discriminator;
 pub use generator::{Generator, NOISE_LEN};

@@ -3,6 +3,7 @@
 use takuma_core::noise::{CounterRng, Purpose};
 use tch::{Kind, Tensor};
 
+use super::arithmetic::Arithmetic;
 use super::batch_norm::BatchNorm;
 
 /// Standard deviation of initial weights.
@@ -59,20 +60,30 @@ pub struct Weights {
     seed: u64,
     network: u64,
     drawn: u64,
-    kind: Kind,
+    arithmetic: Arithmetic,
+    /// See [`Weights::batches`].
+    batches: Tensor,
 }
 
 impl Weights {
-    /// Weights of network number `network` of the run with `seed`, as f32 or f64.
+    /// Weights of network number `network` of the run with `seed`.
     #[must_use]
-    pub fn new(seed: u64, network: u64, kind: Kind) -> Self {
-        Self { seed, network, drawn: 0, kind }
+    pub fn new(seed: u64, network: u64, arithmetic: impl Into<Arithmetic>) -> Self {
+        let arithmetic = arithmetic.into();
+        let batches = Tensor::zeros([], (Kind::Int64, arithmetic.device));
+        Self { seed, network, drawn: 0, arithmetic, batches }
     }
 
-    /// The numbers' type.
+    /// Where the network lies and what it computes in.
     #[must_use]
-    pub fn kind(&self) -> Kind {
-        self.kind
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
+    /// The count of batches that all normalisations of the network share: they see the same ones.
+    #[must_use]
+    pub fn batches(&self) -> Tensor {
+        self.batches.shallow_clone()
     }
 
     /// Normal(0, 0.02).
@@ -87,7 +98,7 @@ impl Weights {
 
     /// One value throughout.
     pub fn constant(&self, name: &str, size: &[i64], value: f64) -> Parameter {
-        let values = Tensor::full(size, value, (self.kind, tch::Device::Cpu));
+        let values = Tensor::full(size, value, (self.arithmetic.kind, self.arithmetic.device));
         Parameter::new(name.to_owned(), &values)
     }
 
@@ -102,8 +113,9 @@ impl Weights {
             }
             *value *= INIT_STD;
         }
-        let values = Tensor::from_slice(&values).view(size).to_kind(self.kind);
-        Parameter::new(name.to_owned(), &channels_last(&values))
+        let Arithmetic { device, kind, .. } = self.arithmetic;
+        let values = channels_last(&Tensor::from_slice(&values).view(size).to_kind(kind));
+        Parameter::new(name.to_owned(), &values.to_device(device))
     }
 }
 

@@ -9,14 +9,15 @@
 
 use std::sync::Arc;
 
-use takuma_core::config::{Recipe, RunConfig};
+use takuma_core::config::{OnNan, Recipe, RunConfig};
 use tch::{Kind, Tensor};
 
+use super::ahead::Ahead;
 use super::lanes::Lanes;
 use super::phase::{Phase, PhaseError, PhaseSums};
 use super::update::Updater;
-use crate::model::{Discriminator, Generator, Network, Weights};
-use crate::torch;
+use crate::model::{Arithmetic, Discriminator, Generator, Network, Weights};
+use crate::torch::{self, TorchError};
 use crate::trainer::{Adam, Exchange};
 
 /// Channels after D's first convolution.
@@ -49,11 +50,11 @@ pub struct DcganState {
 impl DcganState {
     /// Initial networks: a pure function of recipe and seed.
     #[must_use]
-    pub fn new(recipe: Recipe, seed: u64, kind: Kind) -> Self {
-        let c = base_channels(recipe);
+    pub fn new(recipe: Recipe, seed: u64, arithmetic: impl Into<Arithmetic>) -> Self {
+        let (c, arithmetic) = (base_channels(recipe), arithmetic.into());
         Self {
-            generator: Generator::new(&mut Weights::new(seed, 0, kind), c),
-            discriminator: Discriminator::new(&mut Weights::new(seed, 1, kind), c),
+            generator: Generator::new(&mut Weights::new(seed, 0, arithmetic), c),
+            discriminator: Discriminator::new(&mut Weights::new(seed, 1, arithmetic), c),
         }
     }
 
@@ -65,10 +66,14 @@ impl DcganState {
 
 /// DCGAN in training on one worker, in one group after another.
 pub struct Dcgan {
-    state: DcganState,
-    update_g: Updater,
-    update_d: Updater,
-    lanes: Lanes,
+    pub(super) state: DcganState,
+    pub(super) update_g: Updater,
+    pub(super) update_d: Updater,
+    pub(super) lanes: Lanes,
+    /// What [`Dcgan::enqueue`] keeps from step to step.
+    pub(super) ahead: Option<Ahead>,
+    image_size: i64,
+    on_nan: OnNan,
 }
 
 impl Dcgan {
@@ -79,6 +84,9 @@ impl Dcgan {
             update_g: Updater::new(config, exchange, &state.generator),
             update_d: Updater::new(config, exchange, &state.discriminator),
             lanes: Lanes::new(config, exchange),
+            ahead: None,
+            image_size: i64::from(config.recipe.image_size()),
+            on_nan: config.on_nan,
             state,
         }
     }
@@ -89,9 +97,24 @@ impl Dcgan {
         &self.state
     }
 
+    /// Where the networks lie and what they compute in.
+    pub(super) fn arithmetic(&self) -> Arithmetic {
+        self.state.generator.arithmetic()
+    }
+
+    /// Side of the images in pixels.
+    pub(super) fn image_size(&self) -> i64 {
+        self.image_size
+    }
+
+    /// What happens to an update that is not finite.
+    pub(super) fn on_nan(&self) -> OnNan {
+        self.on_nan
+    }
+
     /// The networks, to restore a state into. Weights must stay in their memory: copy into them.
     pub fn state_mut(&mut self) -> &mut DcganState {
-        self.lanes.forget();
+        self.forget();
         &mut self.state
     }
 
@@ -101,10 +124,15 @@ impl Dcgan {
         [self.update_g.optimizer(), self.update_d.optimizer()]
     }
 
-    /// Drops what was made in the group that is over. To be called by every worker when it enters the
-    /// next group.
+    /// Drops what was made in the group that is over, captured graphs too. To be called by every worker when it
+    /// leaves a group, before the group's collective is dropped.
     pub fn regroup(&mut self) {
+        self.forget();
+    }
+
+    fn forget(&mut self) {
         self.lanes.forget();
+        self.ahead = None;
     }
 
     /// Runs one phase on this worker's share of the batch and applies it. `votes` travel with the phase's
@@ -124,14 +152,23 @@ impl Dcgan {
         for updater in [&self.update_g, &self.update_d] {
             updater.end();
         }
+        self.clear(phase)?;
+        if result.is_err() {
+            self.lanes.forget();
+        }
+        result
+    }
+
+    /// Drops what a phase leaves behind, but for the pass of G that D's phase leaves to G1.
+    pub(super) fn clear(&mut self, phase: Phase) -> Result<(), TorchError> {
         for state in self.lanes.states() {
             torch::clear_gradients(&state.generator.tensors())?;
             torch::clear_gradients(&state.discriminator.tensors())?;
         }
-        if result.is_err() || phase != Phase::D {
+        if phase != Phase::D {
             self.lanes.forget();
         }
-        result
+        Ok(())
     }
 
     fn try_phase(&mut self, batch: &Batch, phase: Phase, votes: &mut [f64]) -> Result<PhaseSums, PhaseError> {
@@ -152,8 +189,8 @@ impl Dcgan {
         }
         // D's pass of G stands for two updates: it commits here, and with G1 again.
         let (g_norms, d_norms) = self.lanes.norms();
-        g_norms.commit(self.state.generator.norms_mut());
-        d_norms.commit(self.state.discriminator.norms_mut());
+        g_norms.commit(&self.state.generator, None)?;
+        d_norms.commit(&self.state.discriminator, None)?;
         Ok(PhaseSums { loss: sums[0], right: sums[1] })
     }
 

@@ -32,6 +32,22 @@ pub(super) struct Shares {
     pub(super) right: f64,
 }
 
+/// A phase's numbers as they come out of its passes: scalars that may still be computed.
+pub(super) struct Results {
+    /// Of the mean loss over the global batch, in the weights' type.
+    pub(super) loss: Tensor,
+    /// Logits on the right side of 0, f64; none in G's phases.
+    pub(super) right: Option<Tensor>,
+}
+
+impl Results {
+    /// Waits for the numbers.
+    pub(super) fn read(&self) -> Shares {
+        let right = self.right.as_ref().map_or(0.0, |right| right.double_value(&[]));
+        Shares { loss: self.loss.double_value(&[]), right }
+    }
+}
+
 /// A pass of G that waits for its update.
 struct GeneratorPass {
     /// Where it was made: a graph exchanges with the group that it was made in.
@@ -84,18 +100,18 @@ impl Lane {
         phase: Phase,
         batch: &Batch,
         setting: &Setting,
-    ) -> Result<Shares, TorchError> {
+    ) -> Result<Results, TorchError> {
         // Taken out: whatever fails from here on, the pass is gone, as its graph may be half used.
         let pass = match self.pass.take() {
             Some(kept) if phase == Phase::G1 && kept.is_of(batch, setting) => kept,
             _ => self.generate(&batch.noise_nz, setting)?,
         };
-        let shares = match phase {
+        let results = match phase {
             Phase::D => self.d_passes(&batch.reals_nchw, &pass, setting)?,
             Phase::G1 | Phase::G2 => self.g_passes(&pass, setting)?,
         };
         self.pass = Some(pass);
-        Ok(shares)
+        Ok(results)
     }
 
     /// Statistics of the phase that just ran, of the generator and of the discriminator.
@@ -112,7 +128,7 @@ impl Lane {
         reals_nchw: &Tensor,
         pass: &GeneratorPass,
         setting: &Setting,
-    ) -> Result<Shares, TorchError> {
+    ) -> Result<Results, TorchError> {
         let images = joined(reals_nchw, &pass.fakes_nchw.detach());
         let logits = self.discriminate(&images, 2, setting)?;
         let half = logits.size()[0] / 2;
@@ -120,14 +136,14 @@ impl Lane {
         let loss = cross_entropy(&real, 1.0, setting) + cross_entropy(&fake, 0.0, setting);
         torch::backward(&loss, &self.state.discriminator.tensors())?;
         let right = real.gt(0.0).sum(Kind::Double) + fake.lt(0.0).sum(Kind::Double);
-        Ok(Shares { loss: loss.double_value(&[]), right: right.double_value(&[]) })
+        Ok(Results { loss: loss.detach(), right: Some(right) })
     }
 
-    fn g_passes(&mut self, pass: &GeneratorPass, setting: &Setting) -> Result<Shares, TorchError> {
+    fn g_passes(&mut self, pass: &GeneratorPass, setting: &Setting) -> Result<Results, TorchError> {
         let logits = self.discriminate(&pass.fakes_nchw, 1, setting)?;
         let loss = cross_entropy(&logits, 1.0, setting);
         torch::backward(&loss, &self.state.generator.tensors())?;
-        Ok(Shares { loss: loss.double_value(&[]), right: 0.0 })
+        Ok(Results { loss: loss.detach(), right: None })
     }
 
     fn generate(&self, noise_nz: &Tensor, setting: &Setting) -> Result<GeneratorPass, TorchError> {
@@ -165,9 +181,11 @@ impl Lane {
 impl GeneratorPass {
     /// Whether it was made in this group from this batch's noise.
     fn is_of(&self, batch: &Batch, setting: &Setting) -> bool {
+        let (own, other) = (&self.noise_nz, &batch.noise_nz);
+        // The same memory holds the same noise, and to see that a GPU need not be waited for.
         self.group == setting.group
-            && self.noise_nz.size() == batch.noise_nz.size()
-            && self.noise_nz.equal(&batch.noise_nz)
+            && own.size() == other.size()
+            && (own.data_ptr() == other.data_ptr() || own.equal(other))
     }
 }
 
@@ -179,7 +197,8 @@ fn cross_entropy(logits: &Tensor, label: f64, setting: &Setting) -> Tensor {
         / setting.global_batch as f64
 }
 
-/// `a` then `b` along N, channels_last.
+/// `a` then `b` along N, channels_last, in the type of `b`.
 fn joined(a: &Tensor, b: &Tensor) -> Tensor {
+    let a = if a.kind() == b.kind() { a.shallow_clone() } else { a.to_kind(b.kind()) };
     Tensor::cat(&[a.permute([0, 2, 3, 1]), b.permute([0, 2, 3, 1])], 0).permute([0, 3, 1, 2])
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use takuma_core::config::RunConfig;
 
 use super::dcgan::{Batch, DcganState};
-use super::lane::{Lane, Setting, Shares};
+use super::lane::{Lane, Results, Setting, Shares};
 use super::phase::{Phase, PhaseError};
 use super::room::{Room, Seat};
 use super::update::Updater;
@@ -82,11 +82,20 @@ impl Lanes {
         match self.slots_per_lane {
             None => {
                 let lane = self.lanes.first_mut().expect("lanes are prepared before they run");
-                let shares = lane.run(phase, batch, &self.setting);
-                Ok(vec![shares.map_err(|error| cause(&self.exchange, error))?])
+                let results = lane.run(phase, batch, &self.setting);
+                Ok(vec![results.map_err(|error| cause(&self.exchange, error))?.read()])
             }
             Some(per_lane) => self.run_apart(phase, batch, per_lane),
         }
+    }
+
+    /// Forward and backward of `phase` of a worker that is one lane, without waiting for the numbers.
+    ///
+    /// # Errors
+    /// libtorch's; the passes are then unusable.
+    pub(super) fn run_whole(&mut self, phase: Phase, batch: &Batch) -> Result<Results, TorchError> {
+        let lane = self.lanes.first_mut().expect("lanes are prepared before they run");
+        lane.run(phase, batch, &self.setting)
     }
 
     /// `shares` of all lanes summed over all workers, then `votes` of all workers.
@@ -148,7 +157,7 @@ impl Lanes {
                 let batch = part(batch, number as i64 * per_lane, per_lane);
                 let body = move || {
                     torch::compute_on_this_thread_alone();
-                    in_room(room, exchange, || lane.run(phase, &batch, &setting))
+                    in_room(room, exchange, || Ok(lane.run(phase, &batch, &setting)?.read()))
                 };
                 match std::thread::Builder::new().name(format!("lane-{number}")).spawn_scoped(scope, body) {
                     Ok(thread) => threads.push(thread),

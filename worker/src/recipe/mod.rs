@@ -1,5 +1,6 @@
 //! Recipes: losses, phases and their order. A recipe turns a batch into updates of its networks.
 
+mod ahead;
 mod dcgan;
 mod lane;
 mod lanes;
@@ -7,6 +8,7 @@ mod phase;
 mod room;
 mod update;
 
+pub use ahead::{Images, Outcome, StepInput, Ticket};
 pub use dcgan::{Batch, Dcgan, DcganState};
 pub use phase::{Phase, PhaseError, PhaseSums};
 pub use update::Updater;

@@ -50,7 +50,7 @@ impl Updater {
     /// # Errors
     /// The network is then unchanged.
     pub fn apply(
-        &mut self,
+        &self,
         phase: Phase,
         loss: f64,
         network: &dyn Network,
@@ -59,7 +59,7 @@ impl Updater {
         let gradients = self.buckets.finish(&first.tensors())?;
         // All workers hold the same sums, so all of them decide alike without another exchange.
         check_finite(phase, loss, network, &gradients.tensors())?;
-        self.optimizer.step(&network.tensors(), &gradients.tensors())?;
+        self.optimizer.step(&network.tensors(), &gradients.tensors(), None)?;
         self.buckets.recycle(gradients);
         Ok(())
     }
@@ -83,15 +83,18 @@ fn check_finite(
     network: &dyn Network,
     gradients: &[&Tensor],
 ) -> Result<(), PhaseError> {
-    let gradient = torch::first_not_finite(gradients)?
-        .map(|index| format!("the gradient of {}", network.parameters()[index].name));
-    let what = match (loss.is_finite(), gradient) {
-        (true, None) => return Ok(()),
-        (true, Some(gradient)) => gradient,
-        (false, None) => "the loss".to_owned(),
-        (false, Some(gradient)) => format!("the loss and {gradient}"),
-    };
-    Err(PhaseError::NotFinite { phase, what })
+    let gradient = torch::first_not_finite(gradients)?;
+    blame(loss, network, gradient).map_or(Ok(()), |what| Err(PhaseError::NotFinite { phase, what }))
+}
+
+/// What is not finite, in words: the loss, the gradient of parameter number `gradient`, or both.
+pub(super) fn blame(loss: f64, network: &dyn Network, gradient: Option<usize>) -> Option<String> {
+    let gradient = gradient.map(|index| format!("the gradient of {}", network.parameters()[index].name));
+    match (loss.is_finite(), gradient) {
+        (true, gradient) => gradient,
+        (false, None) => Some("the loss".to_owned()),
+        (false, Some(gradient)) => Some(format!("the loss and {gradient}")),
+    }
 }
 
 #[cfg(test)]

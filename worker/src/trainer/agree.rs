@@ -133,7 +133,10 @@ fn read(place: &[u8]) -> (bool, u64, u64) {
 
 fn pack(net: &Dcgan, own: &Progressed, reports: Vec<StepReport>) -> Result<Vec<u8>, AgreeError> {
     let failed = |error: &dyn std::fmt::Display| AgreeError::State(error.to_string());
-    let parts = Snapshot::take(net, own.step).serialize().map_err(|error| failed(&error))?;
+    let parts = Snapshot::take(net, own.step)
+        .map_err(|error| failed(&error))?
+        .serialize()
+        .map_err(|error| failed(&error))?;
     let line = |report: StepReport| {
         let StepReport { d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s, .. } = report;
         let numbers = [d_loss, g_loss, d_acc, step_s, compute_s, data_s, exchange_s].map(f64::to_bits);

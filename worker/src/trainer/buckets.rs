@@ -6,10 +6,11 @@
 //! A worker computes in one or more lanes, each with gradients of its own and on a thread of its own. A
 //! bucket is full when all lanes have filled their part of it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
+use super::device_buckets::{DeviceBuckets, Given};
 use super::exchange::Exchange;
 use crate::collective::{Collective, CollectiveError, PendingReduce};
 use crate::torch::{self, Gradient, GradientSink, TorchError};
@@ -41,18 +42,19 @@ type LaneBuffers = Vec<Vec<f32>>;
 
 /// Where a parameter's gradient lies.
 #[derive(Debug, Clone)]
-struct Place {
-    bucket: usize,
-    offset: usize,
+pub(super) struct Place {
+    pub(super) bucket: usize,
+    pub(super) offset: usize,
     elements: usize,
-    size: Vec<i64>,
-    strides: Vec<i64>,
+    pub(super) size: Vec<i64>,
+    pub(super) strides: Vec<i64>,
 }
 
 struct Sink {
     exchange: Arc<Exchange>,
     order: SumOrder,
     kind: Kind,
+    device: Device,
     places: Vec<Place>,
     /// Values in each bucket.
     lengths: Vec<usize>,
@@ -63,6 +65,8 @@ struct Sink {
     started: Mutex<Vec<PendingReduce>>,
     /// Buffers of the last pass, by bucket, to be filled again.
     spare: Mutex<Vec<LaneBuffers>>,
+    /// For groups that sum on the device; made when the first of them is there.
+    on_device: OnceLock<DeviceBuckets>,
 }
 
 /// A backward pass in all lanes.
@@ -94,11 +98,13 @@ impl GradientBuckets {
             exchange: Arc::clone(exchange),
             order,
             kind: params[0].kind(),
+            device: params[0].device(),
             places: places.collect(),
             lengths,
             pass: Mutex::default(),
             started: Mutex::default(),
             spare: Mutex::default(),
+            on_device: OnceLock::new(),
         };
         Self { sink: Arc::new(sink) }
     }
@@ -129,6 +135,10 @@ impl GradientBuckets {
             return;
         }
         assert_eq!(sink.kind, Kind::Float, "gradients are exchanged as f32");
+        if sink.order == SumOrder::Workers && sink.device.is_cuda() && collective.on_device().is_some() {
+            let buckets = sink.on_device.get_or_init(|| DeviceBuckets::new(&sink.lengths, sink.device));
+            return buckets.begin(collective, &sink.places);
+        }
         let mut spare = std::mem::take(&mut *lock(&sink.spare)).into_iter();
         let filling = sink.lengths.iter().map(|&length| {
             let mut buffers = spare.next().unwrap_or_default();
@@ -150,6 +160,10 @@ impl GradientBuckets {
     /// The first exchange that failed.
     pub fn finish(&self, params: &[&Tensor]) -> Result<SummedGradients, CollectiveError> {
         let sink = &self.sink;
+        let on_device = || sink.on_device.get().and_then(|buckets| buckets.finish(&sink.places));
+        if let Some(tensors) = sink.exchange.wait(|_| on_device().transpose())? {
+            return Ok(SummedGradients { tensors, buckets: Vec::new() });
+        }
         if lock(&sink.pass).take().is_none() {
             let tensors = params.iter().map(|param| param.grad()).collect();
             return Ok(SummedGradients { tensors, buckets: Vec::new() });
@@ -158,20 +172,26 @@ impl GradientBuckets {
         assert_eq!(pending.len(), sink.lengths.len(), "backward reached every parameter");
         let wait = || pending.into_iter().map(PendingReduce::wait_lanes).collect::<Result<Vec<_>, _>>();
         let buckets = sink.exchange.wait(|_| wait())?;
-        let tensors = sink.places.iter().map(|place| place.view(&buckets[place.bucket][0])).collect();
+        let sum = |place: &Place| place.view(&buckets[place.bucket][0]).to_device(sink.device);
+        let tensors = sink.places.iter().map(sum).collect();
         Ok(SummedGradients { tensors, buckets })
     }
 
     /// Takes the buffers back for the next pass.
     pub fn recycle(&self, gradients: SummedGradients) {
         drop(gradients.tensors);
-        *lock(&self.sink.spare) = gradients.buckets;
+        if !gradients.buckets.is_empty() {
+            *lock(&self.sink.spare) = gradients.buckets;
+        }
     }
 
     /// Forgets the pass, finished or failed half-way, and the group that it was in.
     pub fn end(&self) {
         *lock(&self.sink.pass) = None;
         lock(&self.sink.started).clear();
+        if let Some(buckets) = self.sink.on_device.get() {
+            buckets.end();
+        }
     }
 }
 
@@ -251,8 +271,26 @@ struct LaneSink {
     lane: usize,
 }
 
+impl LaneSink {
+    fn failed(&self, error: CollectiveError) -> Gradient {
+        self.sink.exchange.fail(error);
+        Gradient::Failed
+    }
+}
+
 impl GradientSink for LaneSink {
     fn gradient_ready(&self, index: usize, gradient: &Tensor) -> Gradient {
+        if let Some(buckets) = self.sink.on_device.get() {
+            match buckets.give(&self.sink.places[index], gradient) {
+                Given::NotWanted => {}
+                Given::Taken => return Gradient::Taken,
+                Given::Exchange(error) => return self.failed(error),
+                Given::Torch(error) => {
+                    tracing::error!(%error, "a gradient cannot be exchanged");
+                    return Gradient::Failed;
+                }
+            }
+        }
         match self.sink.fill(self.lane, &self.sink.places[index], gradient) {
             None => return Gradient::Left,
             Some(Filled::Failed) => return Gradient::Failed,
@@ -261,10 +299,7 @@ impl GradientSink for LaneSink {
         }
         match self.sink.start_full() {
             Ok(()) => Gradient::Taken,
-            Err(error) => {
-                self.sink.exchange.fail(error);
-                Gradient::Failed
-            }
+            Err(error) => self.failed(error),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! [`Exchange`]: the trainer's side of the collective, with the time that computing waited for it.
 
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use takuma_core::ids::Generation;
 
-use crate::collective::{Collective, CollectiveError, Loopback};
-use crate::torch::SumReducer;
+use crate::collective::{Collective, CollectiveError, DeviceKind, DeviceValues, Loopback};
+use crate::torch::{DeviceSumReducer, SumReducer};
 
 /// The collective of the group that this worker is in at the moment, plus what the step loop wants to
 /// know of it: time lost waiting, and the first error, which cannot travel through libtorch's backward
@@ -105,14 +106,31 @@ impl Exchange {
     }
 }
 
+impl Exchange {
+    /// Whether an exchange inside of a pass went well; keeps its error.
+    fn went_well(&self, result: Result<(), CollectiveError>) -> bool {
+        result.map_err(|error| self.fail(error)).is_ok()
+    }
+}
+
 impl SumReducer for Exchange {
     fn sum(&self, values: &mut [f64]) -> bool {
-        match self.wait(|collective| collective.all_reduce_f64(values)) {
-            Ok(()) => true,
-            Err(error) => {
-                self.fail(error);
-                false
-            }
-        }
+        self.went_well(self.wait(|collective| collective.all_reduce_f64(values)))
+    }
+
+    fn on_device(&self) -> Option<&dyn DeviceSumReducer> {
+        self.collective().on_device().is_some().then_some(self as &dyn DeviceSumReducer)
+    }
+}
+
+impl DeviceSumReducer for Exchange {
+    fn sum_on_device(&self, values: *mut f64, len: usize, stream: *mut c_void) -> bool {
+        let collective = self.collective();
+        let Some(device) = collective.on_device() else {
+            unreachable!("a pass does not outlive its group, which sums on the device")
+        };
+        let values = DeviceValues { ptr: values.cast(), len, kind: DeviceKind::F64 };
+        // SAFETY: len f64 on the device of the thread whose stream this is; they stay until the phase is settled.
+        self.went_well(unsafe { device.all_reduce_on_device(values, stream) })
     }
 }

@@ -49,6 +49,11 @@ impl Faults {
         Some(Self { orders, first: None })
     }
 
+    /// Whether any fault is still to come.
+    pub fn are_ordered(&self) -> bool {
+        !self.orders.is_empty()
+    }
+
     /// Strikes if this is the place of a fault, which is then over: a phase that is run again is spared.
     /// Returns whether the images are to be spoilt.
     pub fn strike(&mut self, step: u64, phase: Phase) -> bool {

@@ -7,10 +7,12 @@ use takuma_core::ids::Slot;
 use takuma_core::noise::fill_slot_noise;
 use takuma_core::slots::{EpochOrder, ImageRef, SlotMap, SlotRange};
 use takuma_data::{DataError, Fetch, ShardPool};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
+use super::messages::JobError;
+use super::resident::Resident;
 use crate::model::NOISE_LEN;
-use crate::recipe::Batch;
+use crate::recipe::{Batch, Images, StepInput};
 
 /// Value of a uint8 pixel in `[-1, 1]`.
 fn scaled(pixel: u8) -> f32 {
@@ -27,10 +29,20 @@ pub struct Feed {
     seed: u64,
     image_size: i64,
     pool: Arc<ShardPool>,
+    /// What computes.
+    device: Device,
+    /// The images on the device: not asked for, on their way or there, no room for them.
+    resident: Residency,
     /// By slot, of the epoch that was asked for last.
     orders: Vec<EpochOrder>,
     /// The batch that is asked for next, as far as one can tell.
     ahead: Option<Ahead>,
+}
+
+enum Residency {
+    NotYet,
+    Begun(Resident),
+    NoRoom,
 }
 
 /// A batch on its way.
@@ -64,7 +76,24 @@ impl Feed {
     pub fn new(map: SlotMap, slots: SlotRange, seed: u64, image_size: u32, pool: Arc<ShardPool>) -> Self {
         pool.want(Self::shards_needed(&map, slots));
         let image_size = i64::from(image_size);
-        Self { slots, map, seed, image_size, pool, orders: Vec::new(), ahead: None }
+        Self {
+            slots,
+            map,
+            seed,
+            image_size,
+            pool,
+            device: Device::Cpu,
+            resident: Residency::NotYet,
+            orders: Vec::new(),
+            ahead: None,
+        }
+    }
+
+    /// The same feed for a worker that computes on `device`.
+    #[must_use]
+    pub fn on(mut self, device: Device) -> Self {
+        self.device = device;
+        self
     }
 
     /// Takes over other slots, between any two steps. Returns at once: the next batch reads single images
@@ -76,6 +105,7 @@ impl Feed {
         self.slots = slots;
         self.orders.clear();
         self.ahead = None;
+        self.resident = Residency::NotYet;
         self.pool.want(Self::shards_needed(&self.map, slots));
     }
 
@@ -96,6 +126,52 @@ impl Feed {
     /// # Errors
     /// As [`Fetch::wait`]. Nothing is lost by one: the same step can be asked for again.
     pub fn batch(&mut self, step: u64) -> Result<Batch, DataError> {
+        let (floats, fed) = self.floats(step)?;
+        Ok(Batch {
+            reals_nchw: self.images_nchw(&floats.pixels_nhwc).to_device(self.device),
+            noise_nz: self.noise_nz(&floats.noise_nz).to_device(self.device),
+            fed,
+        })
+    }
+
+    /// What [`Feed::batch`] makes, for the device to fetch, and its ledger entry. Once all shards are here, the
+    /// images are brought to the device's memory, a shard at a call, and from then on named by row.
+    ///
+    /// # Errors
+    /// As [`Feed::batch`], and libtorch's.
+    pub fn input(&mut self, step: u64) -> Result<(StepInput, u64), JobError> {
+        if let Some(dataset_nhwc) = self.resident()? {
+            let places = self.places(step);
+            let fed = fed_of(step, &places);
+            let Residency::Begun(resident) = &self.resident else { unreachable!("its images were given") };
+            if let Some(rows) = resident.rows(places.into_iter().map(|(_, image)| image)) {
+                self.ahead = None;
+                let rows = self.pinned(rows);
+                let noise_nz = self.pinned(self.noise_nz(&noise_of(self.slots, self.seed, step)));
+                return Ok((StepInput { images: Images::Rows { dataset_nhwc, rows }, noise_nz }, fed));
+            }
+        }
+        let (floats, fed) = self.floats(step)?;
+        let images = Images::Ready(self.pinned(self.images_nchw(&floats.pixels_nhwc)));
+        Ok((StepInput { images, noise_nz: self.pinned(self.noise_nz(&floats.noise_nz)) }, fed))
+    }
+
+    /// The images on the device, if all are there.
+    fn resident(&mut self) -> Result<Option<Tensor>, tch::TchError> {
+        if let Residency::NotYet = self.resident
+            && let Some(shards) = self.pool.resident()
+        {
+            let begun = Resident::begin(shards, self.image_size, self.device);
+            self.resident = begun.map_or(Residency::NoRoom, Residency::Begun);
+        }
+        match &mut self.resident {
+            Residency::Begun(resident) => Ok(resident.advance()?.then(|| resident.images_nhwc())),
+            Residency::NotYet | Residency::NoRoom => Ok(None),
+        }
+    }
+
+    /// A step's images and noise as numbers, and its ledger entry.
+    fn floats(&mut self, step: u64) -> Result<(Floats, u64), DataError> {
         let Ahead { fed, fetch, .. } = match self.ahead.take() {
             Some(ahead) if ahead.step == step => ahead,
             // Another step was expected: its fetch ends here.
@@ -103,14 +179,23 @@ impl Feed {
         };
         let floats = fetch.wait()?;
         self.ahead = Some(self.begin(step + 1));
-        let (n, size) = (i64::from(self.slots.count), self.image_size);
-        Ok(Batch {
-            reals_nchw: Tensor::from_slice(&floats.pixels_nhwc)
-                .view([n, size, size, 3])
-                .permute([0, 3, 1, 2]),
-            noise_nz: Tensor::from_slice(&floats.noise_nz).view([n, NOISE_LEN]),
-            fed,
-        })
+        Ok((floats, fed))
+    }
+
+    /// `[N, 3, H, W]`, channels_last, on the host.
+    fn images_nchw(&self, pixels_nhwc: &[f32]) -> Tensor {
+        let size = [i64::from(self.slots.count), self.image_size, self.image_size, 3];
+        Tensor::from_slice(pixels_nhwc).view(size).permute([0, 3, 1, 2])
+    }
+
+    /// `[N, NOISE_LEN]`, on the host.
+    fn noise_nz(&self, noise: &[f32]) -> Tensor {
+        Tensor::from_slice(noise).view([i64::from(self.slots.count), NOISE_LEN])
+    }
+
+    /// `tensor` where a GPU fetches it by itself.
+    fn pinned(&self, tensor: Tensor) -> Tensor {
+        if self.device.is_cuda() { tensor.pin_memory(self.device) } else { tensor }
     }
 
     /// The raw images of step index `step` for slots below `limit`. Blocks while images are missing.
@@ -129,8 +214,7 @@ impl Feed {
     /// Starts to fetch a step's images.
     fn begin(&mut self, step: u64) -> Ahead {
         let places = self.places(step);
-        let entry = |&(slot, image): &_| u64::from(SlotMap::fed_hash(step, slot, image));
-        let fed = places.iter().map(entry).sum();
+        let fed = fed_of(step, &places);
         let (slots, seed) = (self.slots, self.seed);
         let images = places.into_iter().map(|(_, image)| image).collect();
         let fetch = self.pool.fetch(images, move |images| Floats {
@@ -148,6 +232,11 @@ impl Feed {
         }
         self.slots.slots().zip(self.orders.iter().map(|order| self.map.image(order, step))).collect()
     }
+}
+
+/// The ledger's entry of a step.
+fn fed_of(step: u64, places: &[(Slot, ImageRef)]) -> u64 {
+    places.iter().map(|&(slot, image)| u64::from(SlotMap::fed_hash(step, slot, image))).sum()
 }
 
 /// Pixels of all images, in `[-1, 1]`.

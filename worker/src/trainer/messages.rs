@@ -7,6 +7,7 @@ use takuma_proto::v1::run_ended;
 use crate::checkpoint::CheckpointError;
 use crate::collective::{CollectiveError, RingConfig};
 use crate::torch::TorchError;
+use crate::torch::cuda::CudaError;
 
 /// A group to form.
 #[derive(Debug, Clone)]
@@ -85,6 +86,12 @@ pub enum JobError {
     /// libtorch failed here.
     #[error(transparent)]
     Torch(#[from] TorchError),
+    /// The GPU cannot be used here.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// As [`JobError::Torch`], in an operation of tch's.
+    #[error("libtorch failed: {0}")]
+    Tch(#[from] tch::TchError),
     /// A number that is none, equal on all ranks: nobody can go on.
     #[error("step {step}, phase {phase}: {what} is not finite; nothing of it was applied")]
     NotFinite {

@@ -1,13 +1,16 @@
 //! The step loop and what it stands on: groups, batches, gradient exchange, optimizer, samples.
 
 mod agree;
+mod ahead;
 mod buckets;
+mod device_buckets;
 mod exchange;
 mod fault;
 mod feed;
 mod messages;
 mod optimizer;
 mod progress;
+mod resident;
 mod samples;
 mod spool;
 mod stopper;

@@ -1,7 +1,7 @@
 //! [`Adam`]: the optimizer's state of one network, applied in one fused call.
 
 use takuma_core::config::RunConfig;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::torch::{AdamOptions, AdamTensors, TorchError, fused_adam};
 
@@ -33,15 +33,20 @@ impl Adam {
             },
             exp_avgs: zeros(),
             exp_avg_sqs: zeros(),
-            steps: params.iter().map(|_| Tensor::zeros([], (Kind::Float, Device::Cpu))).collect(),
+            steps: params.iter().map(|param| Tensor::zeros([], (Kind::Float, param.device()))).collect(),
         }
     }
 
-    /// Updates `params` by `grads`.
+    /// Updates `params` by `grads`; nothing if the scalar `left_out` is 1 by then.
     ///
     /// # Errors
     /// libtorch's, for tensors that do not fit together.
-    pub fn step(&mut self, params: &[&Tensor], grads: &[&Tensor]) -> Result<(), TorchError> {
+    pub fn step(
+        &self,
+        params: &[&Tensor],
+        grads: &[&Tensor],
+        left_out: Option<&Tensor>,
+    ) -> Result<(), TorchError> {
         fused_adam(
             &AdamTensors {
                 params,
@@ -49,6 +54,7 @@ impl Adam {
                 exp_avgs: &self.exp_avgs.iter().collect::<Vec<_>>(),
                 exp_avg_sqs: &self.exp_avg_sqs.iter().collect::<Vec<_>>(),
                 steps: &self.steps.iter().collect::<Vec<_>>(),
+                found_inf: left_out,
             },
             self.options,
         )

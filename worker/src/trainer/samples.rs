@@ -10,7 +10,7 @@ use takuma_core::noise::fill_grid_noise;
 use takuma_core::slots::{SlotRange, split_evenly};
 use takuma_data::DataError;
 use takuma_proto::v1::{SampleTile, sample_tile};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::exchange::Exchange;
 use super::feed::Feed;
@@ -132,9 +132,9 @@ fn render(generator: &Generator, seed: u64, cells: SlotRange) -> Vec<u8> {
         fill_grid_noise(seed, cell.0, out);
     }
     let noise_nz = Tensor::from_slice(&noise).view([i64::from(cells.count), NOISE_LEN]);
-    let images_nchw = generator.infer(&noise_nz);
+    let images_nchw = generator.infer(&noise_nz.to_device(generator.arithmetic().device));
     let pixels = ((images_nchw + 1.0) * 127.5).round().clamp(0.0, 255.0).to_kind(Kind::Uint8);
-    let flat = pixels.permute([0, 2, 3, 1]).contiguous().view(-1);
+    let flat = pixels.permute([0, 2, 3, 1]).contiguous().view(-1).to_device(Device::Cpu);
     let mut out = vec![0u8; flat.numel()];
     flat.copy_data(&mut out, flat.numel());
     out

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use takuma_core::config::{OnNan, RunConfig};
 use takuma_core::ids::{Generation, Rank};
 use takuma_proto::v1::{StepReport, run_ended};
-use tch::Kind;
+use tch::Device;
 
 use super::agree::{AgreeError, Agreement, Progressed, agree};
 use super::exchange::Exchange;
@@ -25,6 +25,8 @@ use super::spool::Spool;
 use super::stopper::Stopper;
 use crate::checkpoint::{Loaded, Snapshot, Uploader, restore_into};
 use crate::collective::{CollectiveError, Loopback, Ring, RingListener};
+use crate::device;
+use crate::model::Arithmetic;
 use crate::recipe::{Batch, Dcgan, DcganState, Phase, PhaseError, PhaseSums};
 
 /// Silence of a neighbour's data is borne for so many times the usual step, within these limits: a
@@ -36,8 +38,13 @@ const STEPS_TO_KNOW: u64 = 5;
 /// After ten steps without any update the weights themselves have left the numbers, and nothing more will come.
 const MAX_SKIPPED_PHASES_IN_A_ROW: u32 = 10 * Phase::ALL.len() as u32;
 
+/// Set by tests: a CPU takes whole steps at once like a GPU does.
+const RUN_AHEAD_VARIABLE: &str = "TAKUMA_RUN_AHEAD";
+
 /// What a trainer is made of.
 pub struct Parts {
+    /// What computes.
+    pub device: Device,
     /// The run.
     pub config: RunConfig,
     /// Finished steps when the run is done.
@@ -66,29 +73,33 @@ pub struct Parts {
 
 /// See the module.
 pub struct Trainer {
-    parts: Parts,
-    net: Dcgan,
-    exchange: Arc<Exchange>,
+    pub(super) parts: Parts,
+    pub(super) net: Dcgan,
+    pub(super) exchange: Arc<Exchange>,
+    /// Whole steps are handed to the device where that is possible; see [`Trainer::train_ahead`].
+    pub(super) runs_ahead: bool,
+    /// When the numbers of the newest such step came.
+    pub(super) settled_at: Option<Instant>,
     /// `None` until there is state.
     progressed: Option<Progressed>,
     samples: Samples,
     /// Told, and not taken up yet: a group to form now, one to change over to, one to leave before.
-    now: Option<Seat>,
+    pub(super) now: Option<Seat>,
     next: Option<Seat>,
     leaves: Option<u64>,
     /// When the former group broke.
     broken_since: Option<Instant>,
     /// After a loss the newest checkpoint may have been lost with its writer.
-    checkpoint_overdue: bool,
+    pub(super) checkpoint_overdue: bool,
     was_rank_0: bool,
     step_s: f64,
     steps_here: u64,
     /// Ordered by a test.
-    faults: Faults,
+    pub(super) faults: Faults,
 }
 
 /// How training in one group ended, if it did not fail.
-enum End {
+pub(super) enum End {
     Done(run_ended::Outcome),
     Changed(Seat),
     Left,
@@ -100,8 +111,10 @@ impl Trainer {
     /// # Errors
     /// libtorch's, or a checkpoint that does not fit.
     pub fn new(mut parts: Parts) -> Result<Self, JobError> {
+        device::enter(parts.device, &parts.config)?;
         let exchange = Exchange::new();
-        let state = DcganState::new(parts.config.recipe, parts.config.seed, Kind::Float);
+        let arithmetic = Arithmetic::of(parts.config.precision, parts.device);
+        let state = DcganState::new(parts.config.recipe, parts.config.seed, arithmetic);
         let mut net = Dcgan::new(&parts.config, state, &exchange);
         let mut progressed = (!parts.joins).then(Progressed::default);
         if let Some(loaded) = parts.checkpoint.take() {
@@ -113,6 +126,8 @@ impl Trainer {
         }
         let samples = Samples::new(&parts.config, parts.spool.clone());
         Ok(Self {
+            runs_ahead: parts.device.is_cuda() || std::env::var_os(RUN_AHEAD_VARIABLE).is_some(),
+            settled_at: None,
             parts,
             net,
             exchange,
@@ -179,7 +194,7 @@ impl Trainer {
     }
 
     /// Takes in what was told meanwhile.
-    fn listen(&mut self, commands: &Receiver<Command>) {
+    pub(super) fn listen(&mut self, commands: &Receiver<Command>) {
         while let Ok(command) = commands.try_recv() {
             self.take_up(command);
         }
@@ -244,7 +259,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn position(&self) -> (u64, usize) {
+    pub(super) fn position(&self) -> (u64, usize) {
         self.progressed.as_ref().map_or((0, 0), |progressed| (progressed.step, progressed.phase()))
     }
 
@@ -260,6 +275,14 @@ impl Trainer {
                 let operation = "the exchange".to_owned();
                 return Err(CollectiveError::Aborted { operation, reason }.into());
             }
+            if self.may_run_ahead(step) {
+                if let Some(end) = self.train_ahead(commands)? {
+                    return Ok(end);
+                }
+                if self.position().0 > step {
+                    continue;
+                }
+            }
             let [stops, changes] = self.step(step)?;
             if step + 1 >= self.parts.target_steps {
                 continue;
@@ -274,7 +297,7 @@ impl Trainer {
     }
 
     /// The generation that this worker is ready to change over to; 0 = none.
-    fn ready_for(&self) -> u64 {
+    pub(super) fn ready_for(&self) -> u64 {
         self.next.as_ref().map(Seat::generation).or(self.leaves).unwrap_or(0)
     }
 
@@ -304,58 +327,79 @@ impl Trainer {
             }
             let stop = f64::from(u8::from(self.parts.progress.stop_requested()));
             votes = [stop, self.ready_for() as f64, fed];
-            let made = self.update(&batch, phase, step, &mut votes)?;
-            if let Some(progressed) = &mut self.progressed {
-                progressed.sums.push(*made.as_ref().unwrap_or(&PhaseSums::NONE));
-                progressed.left_out.extend(made.err());
-            }
+            self.update(&batch, phase, step, &mut votes)?;
         }
         let [stops, changes, fed] = votes;
         let times = [begin.elapsed().as_secs_f64(), data_s];
-        self.finish_step(step, times, fed as u64);
+        self.finish_step(step, times, fed as u64)?;
         Ok([stops, changes])
     }
 
-    /// One phase, or in words why there is no update in it. Its votes are summed either way.
+    /// One phase. Its votes are summed whether there is an update in it or not.
     fn update(
         &mut self,
         batch: &Batch,
         phase: Phase,
         step: u64,
         votes: &mut [f64],
-    ) -> Result<Result<PhaseSums, String>, JobError> {
+    ) -> Result<(), JobError> {
         if self.parts.passed_over.contains(&(step + 1)) {
             self.exchange.wait(|collective| collective.all_reduce_f64(votes))?;
-            return Ok(Err(format!("no update in phase {phase}: the step is passed over")));
+            self.leave_out(format!("no update in phase {phase}: the step is passed over"));
+            return Ok(());
         }
-        let skipped = self.progressed.as_mut().map(|progressed| &mut progressed.skipped_in_a_row);
-        let may_skip =
-            |skipped: &u32| self.parts.config.on_nan == OnNan::Skip && *skipped < MAX_SKIPPED_PHASES_IN_A_ROW;
         match self.net.phase(batch, phase, votes) {
-            Ok(sums) => {
-                if let Some(skipped) = skipped {
-                    *skipped = 0;
-                }
-                Ok(Ok(sums))
-            }
+            Ok(sums) => self.made(step, phase, Ok(sums)),
             Err(PhaseError::Exchange(error)) => Err(error.into()),
             Err(PhaseError::Torch(error)) => Err(error.into()),
-            Err(PhaseError::NotFinite { what, .. }) => match skipped.filter(|skipped| may_skip(skipped)) {
-                Some(skipped) => {
-                    *skipped += 1;
-                    Ok(Err(format!("no update in phase {phase}: {what} is not finite")))
-                }
-                None => Err(JobError::NotFinite { step: step + 1, phase: phase.name(), what }),
-            },
+            Err(PhaseError::NotFinite { what, .. }) => self.made(step, phase, Err(what)),
         }
     }
 
-    fn finish_step(&mut self, step: u64, [step_s, data_s]: [f64; 2], fed: u64) {
-        let Some(progressed) = &mut self.progressed else { return };
+    /// Takes down what became of a phase: its numbers, or what in it is not finite.
+    pub(super) fn made(
+        &mut self,
+        step: u64,
+        phase: Phase,
+        made: Result<PhaseSums, String>,
+    ) -> Result<(), JobError> {
+        let Some(progressed) = &mut self.progressed else { return Ok(()) };
+        let may_skip = self.parts.config.on_nan == OnNan::Skip
+            && progressed.skipped_in_a_row < MAX_SKIPPED_PHASES_IN_A_ROW;
+        match made {
+            Ok(sums) => {
+                progressed.skipped_in_a_row = 0;
+                progressed.sums.push(sums);
+            }
+            Err(what) if may_skip => {
+                progressed.skipped_in_a_row += 1;
+                self.leave_out(format!("no update in phase {phase}: {what} is not finite"));
+            }
+            Err(what) => return Err(JobError::NotFinite { step: step + 1, phase: phase.name(), what }),
+        }
+        Ok(())
+    }
+
+    /// Takes down that there is no update in a phase, and why.
+    fn leave_out(&mut self, reason: String) {
+        if let Some(progressed) = &mut self.progressed {
+            progressed.sums.push(PhaseSums::NONE);
+            progressed.left_out.push(reason);
+        }
+    }
+
+    /// Does what follows a step's last phase: numbers, grid, checkpoint.
+    pub(super) fn finish_step(
+        &mut self,
+        step: u64,
+        [step_s, data_s]: [f64; 2],
+        fed: u64,
+    ) -> Result<(), JobError> {
+        let Some(progressed) = &mut self.progressed else { return Ok(()) };
         progressed.step = step + 1;
         let left_out = std::mem::take(&mut progressed.left_out).join("; ");
         let sums = std::mem::take(&mut progressed.sums);
-        let [d, g1, g2] = sums.as_slice() else { return };
+        let [d, g1, g2] = sums.as_slice() else { return Ok(()) };
         let exchange_s = self.exchange.take_waited().as_secs_f64().min(step_s);
         let compute_s = (step_s - data_s - exchange_s).max(0.0);
         let receive_s = self.exchange.collective().take_receiving().as_secs_f64();
@@ -382,9 +426,7 @@ impl Trainer {
             self.parts.progress.enter("sampling");
             self.samples.render(&self.net, &self.exchange, finished);
         }
-        if !last {
-            self.offer_checkpoint(finished);
-        }
+        if last { Ok(()) } else { self.offer_checkpoint(finished) }
     }
 
     fn adapt_timeout(&mut self, step_s: f64) {
@@ -399,21 +441,22 @@ impl Trainer {
     }
 
     /// A periodic checkpoint: training does not wait for it.
-    fn offer_checkpoint(&mut self, step: u64) {
+    fn offer_checkpoint(&mut self, step: u64) -> Result<(), JobError> {
         if self.exchange.collective().rank() != Rank(0) {
-            return;
+            return Ok(());
         }
         let every = self.parts.config.checkpoint_every;
         let missed = self.checkpoint_overdue && self.parts.spool.committed_step() < step / every * every;
         if !step.is_multiple_of(every) && !missed {
-            return;
+            return Ok(());
         }
         self.checkpoint_overdue = false;
         self.parts.progress.enter("checkpoint");
         let writer = self.exchange.collective().generation();
-        if !self.parts.uploader.offer(Snapshot::take(&self.net, step), writer) {
+        if !self.parts.uploader.offer(Snapshot::take(&self.net, step)?, writer) {
             tracing::warn!("no checkpoint at step {step}: the store is still busy with earlier ones");
         }
+        Ok(())
     }
 
     /// The end of the run or a stop: its checkpoint, which is waited for.
@@ -422,7 +465,7 @@ impl Trainer {
         let mut weights_sha256 = String::new();
         if self.exchange.collective().rank() == Rank(0) {
             self.parts.progress.enter("checkpoint");
-            let snapshot = Snapshot::take(&self.net, step);
+            let snapshot = Snapshot::take(&self.net, step)?;
             let written = self.parts.uploader.write_through(snapshot, Generation(generation));
             weights_sha256 = written.map_err(JobError::Upload)?.weights_sha256;
         }

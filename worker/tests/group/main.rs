@@ -1,7 +1,9 @@
 //! One worker equals many, and a resumed run equals an uninterrupted one: real rings, one process.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
+mod ahead;
 mod exact;
+#[path = "../common/training.rs"]
 mod support;
 
 use support::{bytes, config, faces, feed, group, iterate, share};

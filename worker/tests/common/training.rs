@@ -1,4 +1,4 @@
-//! Data, networks and rings of the tests in this folder.
+//! Data, networks and rings of the tests that train.
 
 use std::sync::{Arc, LazyLock};
 
@@ -9,9 +9,10 @@ use takuma_data::{Dataset, PoolLimits, ShardPool, SynthOptions, synth};
 use takuma_store::Store;
 use takuma_worker::checkpoint::Snapshot;
 use takuma_worker::collective::{Ring, RingConfig, RingListener};
+use takuma_worker::model::Arithmetic;
 use takuma_worker::recipe::{Batch, Dcgan, DcganState, Phase, PhaseSums};
 use takuma_worker::trainer::{Exchange, Feed};
-use tch::Kind;
+use tch::Device;
 use tokio::runtime::Runtime;
 
 const SEED: u64 = 11;
@@ -45,10 +46,15 @@ pub fn feed(faces: &Dataset, slots: SlotRange) -> Feed {
     Feed::new(map, slots, SEED, 64, Arc::new(pool))
 }
 
-/// Freshly drawn networks.
+/// Freshly drawn networks on the CPU.
 pub fn net(config: &RunConfig, exchange: &Arc<Exchange>) -> Dcgan {
-    let state = DcganState::new(config.recipe, config.seed, Kind::Float);
-    Dcgan::new(config, state, exchange)
+    net_on(config, exchange, Device::Cpu)
+}
+
+/// Freshly drawn networks on `device`, in the run's precision.
+pub fn net_on(config: &RunConfig, exchange: &Arc<Exchange>, device: Device) -> Dcgan {
+    let arithmetic = Arithmetic::of(config.precision, device);
+    Dcgan::new(config, DcganState::new(config.recipe, config.seed, arithmetic), exchange)
 }
 
 /// One step.
@@ -58,7 +64,7 @@ pub fn iterate(net: &mut Dcgan, batch: &Batch) -> [PhaseSums; 3] {
 
 /// Everything that a run goes on from.
 pub fn bytes(net: &Dcgan) -> [Vec<u8>; 3] {
-    Snapshot::take(net, 0).serialize().unwrap()
+    Snapshot::take(net, 0).unwrap().serialize().unwrap()
 }
 
 /// Runs `worker(rank, exchange)` on every rank of a group; what they return, by rank.
