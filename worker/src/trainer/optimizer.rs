@@ -49,6 +49,7 @@ impl Adam {
                 exp_avgs: &self.exp_avgs.iter().collect::<Vec<_>>(),
                 exp_avg_sqs: &self.exp_avg_sqs.iter().collect::<Vec<_>>(),
                 steps: &self.steps.iter().collect::<Vec<_>>(),
+                found_inf: None,
             },
             self.options,
         )
