@@ -1,10 +1,9 @@
-// Selective backward, gradient hooks, fused Adam, threads, denormals.
+// Selective backward, gradient hooks, threads, denormals.
 #include "shim.h"
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <omp.h>
-#include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/leaky_relu.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function_hook.h>
@@ -85,19 +84,6 @@ char *takuma_clear_gradients(const tensor *params, size_t n) {
 
 char *takuma_leaky_relu(tensor x, double slope, tensor *y) {
   return guarded([&] { *y = new at::Tensor(at::leaky_relu(deref(x), slope)); });
-}
-
-char *takuma_fused_adam(const tensor *params, const tensor *grads, const tensor *exp_avgs,
-                        const tensor *exp_avg_sqs, const tensor *steps, size_t n, double lr,
-                        double beta1, double beta2, double eps) {
-  return guarded([&] {
-    at::NoGradGuard no_grad;
-    auto counted = list(steps, n);
-    for (auto &step : counted) step.add_(1);
-    at::_fused_adam_(list(params, n), list(grads, n), list(exp_avgs, n), list(exp_avg_sqs, n), {},
-                     counted, lr, beta1, beta2, /*weight_decay=*/0.0, eps, /*amsgrad=*/false,
-                     /*maximize=*/false);
-  });
 }
 
 }  // extern "C"

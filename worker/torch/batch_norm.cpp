@@ -2,11 +2,14 @@
 #include "shim.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <functional>
 
 #include "batch_norm_kernels.h"
+#include "cuda/table.h"
 #include "guard.h"
 
 namespace {
@@ -14,23 +17,37 @@ namespace {
 using at::Tensor;
 
 // Holds the Rust closure for as long as a graph node may call it.
-struct Reducer {
+struct Reducer : BatchSumReducer {
   explicit Reducer(const takuma_reducer &reducer) : inner(reducer) {}
   Reducer(const Reducer &) = delete;
   Reducer &operator=(const Reducer &) = delete;
-  ~Reducer() { inner.drop(inner.context); }
+  ~Reducer() override { inner.drop(inner.context); }
 
-  void sum(std::vector<double> &values) const {
-    if (inner.call(inner.context, values.data(), values.size()) != 0)
-      throw std::runtime_error("the exchange of batch statistics failed");
+  void sum(double *values, size_t len) const {
+    check(inner.call(inner.context, values, len));
+  }
+
+  // Of doubles on a GPU: there, if the closure can, else over the host.
+  void sum(Tensor &sums) const override {
+    const auto len = static_cast<size_t>(sums.numel());
+    if (inner.call_on_device) {
+      check(inner.call_on_device(inner.context, sums.mutable_data_ptr<double>(), len,
+                                 cuda_table().stream()));
+      return;
+    }
+    Tensor host = sums.cpu();
+    sum(host.mutable_data_ptr<double>(), len);
+    sums.copy_(host);
+  }
+
+  static void check(int failed) {
+    if (failed) throw std::runtime_error("the exchange of batch statistics failed");
   }
 
   takuma_reducer inner;
 };
 
-struct Options {
-  int64_t groups, count;
-  double eps, slope;
+struct Options : BatchNormNumbers {
   std::shared_ptr<Reducer> reducer;
 };
 
@@ -113,7 +130,7 @@ void forward_cpu(const Tensor &x, const Tensor &weight, const Tensor &bias, cons
     });
     sums.insert(sums.end(), part.begin(), part.end());
   }
-  if (options.reducer) options.reducer->sum(sums);
+  if (options.reducer) options.reducer->sum(sums.data(), sums.size());
   for (int64_t g = 0; g < options.groups; ++g) {
     double *stat = mean_var + g * 2 * channels;
     const double *sum = sums.data() + g * 2 * channels;
@@ -169,7 +186,7 @@ void backward_cpu(const Tensor &x, const Tensor &dy, const Tensor &weight, const
     db[c] = static_cast<T>(bias_sum);
     dw[c] = static_cast<T>(weight_sum);
   }
-  if (options.reducer) options.reducer->sum(sums);
+  if (options.reducer) options.reducer->sum(sums.data(), sums.size());
   std::vector<T> by_x(channels), constant(channels);
   for (int64_t g = 0; g < options.groups; ++g) {
     const double *stat = mean_var + g * 2 * channels, *sum = sums.data() + g * 2 * channels;
@@ -190,22 +207,68 @@ void backward_cpu(const Tensor &x, const Tensor &dy, const Tensor &weight, const
   }
 }
 
+// Fills y and stats, and on a GPU maps, which backward wants.
+void forward_any(const Tensor &x, const Tensor &weight, const Tensor &bias, const Options &options,
+                 Tensor &y, Tensor &stats, Tensor &maps) {
+  if (x.is_cuda()) {
+    maps = at::empty_like(stats, stats.options().dtype(weight.scalar_type()));
+    cuda_table().batch_norm_forward(x, weight, bias, options, options.reducer.get(), y, stats, maps);
+  } else if (x.scalar_type() == at::kDouble) {
+    forward_cpu<double>(x, weight, bias, options, y, stats);
+  } else if (x.scalar_type() == at::kFloat) {
+    forward_cpu<float>(x, weight, bias, options, y, stats);
+  } else {
+    // For the tests of what runs on GPUs: one rounding, at the end, as there.
+    Tensor wide = at::empty_like(x, x.options().dtype(at::kFloat));
+    forward_cpu<float>(x.to(at::kFloat), weight, bias, options, wide, stats);
+    y.copy_(wide);
+  }
+}
+
+void backward_any(const Tensor &x, const Tensor &dy, const Tensor &weight, const Tensor &bias,
+                  const Tensor &stats, const Tensor &maps, const Options &options, Tensor &dx,
+                  Tensor &dweight, Tensor &dbias) {
+  if (x.is_cuda()) {
+    cuda_table().batch_norm_backward(x, dy, weight, stats, maps, options, options.reducer.get(), dx,
+                                     dweight, dbias);
+  } else if (x.scalar_type() == at::kDouble) {
+    backward_cpu<double>(x, dy, weight, bias, stats, options, dx, dweight, dbias);
+  } else if (x.scalar_type() == at::kFloat) {
+    backward_cpu<float>(x, dy, weight, bias, stats, options, dx, dweight, dbias);
+  } else {
+    Tensor wide = at::empty_like(x, x.options().dtype(at::kFloat));
+    backward_cpu<float>(x.to(at::kFloat), dy.to(at::kFloat), weight, bias, stats, options, wide,
+                        dweight, dbias);
+    dx.copy_(wide);
+  }
+}
+
+void check_input(const Tensor &x, const Tensor &weight, const Tensor &bias, const Options &options) {
+  TORCH_CHECK(x.dim() == 4 && x.size(0) % options.groups == 0,
+              "batch norm wants [N, C, H, W] with N divisible by ", options.groups, ", not ", x.sizes());
+  const auto type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16,
+              "batch norm is for float, double and bfloat16, not ", type);
+  for (const Tensor *parameter : {&weight, &bias}) {
+    TORCH_CHECK(parameter->numel() == x.size(1) && parameter->is_contiguous() &&
+                    parameter->device() == x.device() &&
+                    parameter->scalar_type() == (type == at::kBFloat16 ? at::kFloat : type),
+                "batch norm's weight and bias are [", x.size(1), "], dense, on ", x.device(),
+                ", of x's type, float for bfloat16");
+  }
+}
+
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext *ctx,
                                                 const Tensor &x_any, const Tensor &weight,
                                                 const Tensor &bias, const Options &options) {
-    TORCH_CHECK(x_any.dim() == 4 && x_any.size(0) % options.groups == 0,
-                "batch norm wants [N, C, H, W] with N divisible by ", options.groups, ", not ",
-                x_any.sizes());
+    check_input(x_any, weight, bias, options);
     const Tensor x = x_any.contiguous(at::MemoryFormat::ChannelsLast);
-    Tensor y = at::empty_like(x);
+    Tensor y = at::empty_like(x), maps;
     Tensor stats = at::empty({options.groups, 2, x.size(1)}, x.options().dtype(at::kDouble));
-    if (x.scalar_type() == at::kDouble)
-      forward_cpu<double>(x, weight, bias, options, y, stats);
-    else
-      forward_cpu<float>(x, weight, bias, options, y, stats);
-    ctx->save_for_backward({x, weight, bias, stats});
+    forward_any(x, weight, bias, options, y, stats, maps);
+    ctx->save_for_backward({x, weight, bias, stats, maps});
     ctx->mark_non_differentiable({stats});
     ctx->saved_data["groups"] = options.groups;
     ctx->saved_data["count"] = options.count;
@@ -220,17 +283,15 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &stats = saved[3];
-    Options options{ctx->saved_data["groups"].toInt(), ctx->saved_data["count"].toInt(),
-                    ctx->saved_data["eps"].toDouble(), ctx->saved_data["slope"].toDouble(), {}};
+    Options options{{ctx->saved_data["groups"].toInt(), ctx->saved_data["count"].toInt(),
+                     ctx->saved_data["eps"].toDouble(), ctx->saved_data["slope"].toDouble()},
+                    {}};
     const auto held = ctx->saved_data.find("reducer");
     if (held != ctx->saved_data.end())
       options.reducer = c10::static_intrusive_pointer_cast<Holder>(held->second.toCapsule())->reducer;
     const Tensor dy = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
     Tensor dx = at::empty_like(x), dweight = at::empty_like(weight), dbias = at::empty_like(bias);
-    if (x.scalar_type() == at::kDouble)
-      backward_cpu<double>(x, dy, weight, bias, stats, options, dx, dweight, dbias);
-    else
-      backward_cpu<float>(x, dy, weight, bias, stats, options, dx, dweight, dbias);
+    backward_any(x, dy, weight, bias, stats, saved[4], options, dx, dweight, dbias);
     return {dx, dweight, dbias, Tensor()};
   }
 
@@ -247,7 +308,7 @@ extern "C" char *takuma_batch_norm(tensor x, tensor weight, tensor bias,
                                    const takuma_batch_norm_options *options, tensor *y,
                                    tensor *stats) {
   return guarded([&] {
-    Options inner{options->groups, options->count, options->eps, options->slope, {}};
+    Options inner{{options->groups, options->count, options->eps, options->slope}, {}};
     if (options->reducer) inner.reducer = std::make_shared<Reducer>(*options->reducer);
     auto out = BatchNorm::apply(deref(x), deref(weight), deref(bias), inner);
     *y = new Tensor(out[0]);

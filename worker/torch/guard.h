@@ -1,7 +1,11 @@
 // Turns a C++ exception into an error message for C.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
+
 #include <cstring>
+#include <vector>
 
 inline at::Tensor &deref(void *t) { return *static_cast<at::Tensor *>(t); }
 

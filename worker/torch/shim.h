@@ -14,10 +14,13 @@ extern "C" {
 typedef void *tensor;
 
 // A Rust closure that sums `len` doubles over all workers, in place. `call` returns 0 on success.
+// `call_on_device` does the same with doubles on the GPU, enqueued on a cudaStream_t; it is NULL where the
+// values must go over the host.
 // `drop` is called once, when the last graph node that holds the reducer is gone.
 typedef struct {
   void *context;
   int (*call)(void *context, double *values, size_t len);
+  int (*call_on_device)(void *context, double *values, size_t len, void *stream);
   void (*drop)(void *context);
 } takuma_reducer;
 
@@ -63,8 +66,8 @@ typedef struct {
 } takuma_batch_norm_options;
 
 // Batch normalisation fused with the activation behind it, differentiable once.
-//   x       [N, C, H, W], float or double; made channels_last if it is not
-//   weight  [C], bias [C]
+//   x       [N, C, H, W], float, double or bfloat16; made channels_last if it is not
+//   weight  [C], bias [C], of x's type, float for bfloat16
 //   y       given away: [N, C, H, W], channels_last
 //   stats   given away: double [groups, 2, C], mean and biased variance over all workers
 // Source: Ioffe and Szegedy 2015, section 3; PyTorch's BatchNorm2d and SyncBatchNorm in training.
@@ -77,14 +80,80 @@ char *takuma_batch_norm(tensor x, tensor weight, tensor bias,
 char *takuma_leaky_relu(tensor x, double slope, tensor *y);
 
 // Writes to `found` the index of the first tensor with an infinite value or a NaN, or `n` if there is
-// none. Float or double tensors without gaps in memory.
+// none. Float, double or bfloat16 tensors without gaps in memory, all on one device.
 char *takuma_first_not_finite(const tensor *tensors, size_t n, size_t *found);
 
+// Judges an update on the device: *found = 1 if `loss` or a gradient is infinite or a NaN or if *frozen is not
+// 0, else 0; *index = the first such gradient or n; if `sticky`, *frozen = *found then.
+//   gradients   as in takuma_first_not_finite
+//   loss        a scalar of those types
+//   frozen, found   float scalars;  index   an int64 scalar
+char *takuma_guard(const tensor *gradients, size_t n, tensor loss, tensor frozen, int sticky,
+                   tensor found, tensor index);
+
 // One Adam step over all parameters in one call. `steps` are float scalars and count up here.
+// Where `found_inf`, a float scalar or NULL, is 1, nothing is updated and nothing is counted.
 // PyTorch: torch.optim.Adam(fused=True), at::_fused_adam_.
 char *takuma_fused_adam(const tensor *params, const tensor *grads, const tensor *exp_avgs,
-                        const tensor *exp_avg_sqs, const tensor *steps, size_t n, double lr,
-                        double beta1, double beta2, double eps);
+                        const tensor *exp_avg_sqs, const tensor *steps, size_t n, tensor found_inf,
+                        double lr, double beta1, double beta2, double eps);
+
+// Mixes batch statistics into running ones, layer by layer and in each group after group, in place:
+// running = running * (1 - momentum) + new * momentum, in double, rounded to the running type after each group.
+// The new variance is the unbiased one of elements[i] values. Nothing changes where `found`, a float scalar or
+// NULL, is 1.
+//   means, variances   [C], float or double
+//   batches            double [groups, 2, C], as takuma_batch_norm gave them
+// PyTorch: BatchNorm2d.
+char *takuma_commit_statistics(const tensor *means, const tensor *variances, const tensor *batches,
+                               const double *elements, size_t n, double momentum, tensor found);
+
+// Copies source into target's memory; between pinned memory and the GPU it is only enqueued.
+// PyTorch: Tensor.copy_(non_blocking=True).
+char *takuma_copy_async(tensor target, tensor source);
+
+// target[i] = images[rows[i]], each pixel p as p / 127.5 - 1 in float, rounded to target's type.
+//   images  uint8 [R, H, W, 3], dense
+//   rows    int64 [N]
+//   target  [N, 3, H, W], channels_last, float, double or bfloat16
+char *takuma_gather_images(tensor images, tensor rows, tensor target);
+
+// CUDA, all of it in a library of its own that is opened at run time. `table` is what that library's
+// takuma_cuda_table returned (cuda/table.h). Until it is installed the functions below are errors.
+char *takuma_cuda_install(const void *table);
+
+typedef struct {
+  char name[256];
+  uint64_t memory_bytes;
+  int32_t capability[2];
+} takuma_cuda_device_info;
+
+char *takuma_cuda_device_count(int32_t *count);
+char *takuma_cuda_device(int32_t index, takuma_cuda_device_info *info);
+// 1000 times the major plus 10 times the minor number.
+char *takuma_cuda_runtime_version(int32_t *version);
+
+// Makes a GPU and a stream of its pool the calling thread's, and sets the process' switches: whether f32
+// factors are rounded to TF32, whether cuDNN must repeat its results (else it measures its algorithms).
+// Runs a first kernel, which fails if the GPU is none that libtorch was built for.
+char *takuma_cuda_select(int32_t index, int32_t tf32, int32_t deterministic);
+
+// The calling thread's current cudaStream_t.
+char *takuma_cuda_stream(void **stream);
+char *takuma_cuda_synchronize(void);
+
+// Events without timing, given away. Recorded on the calling thread's stream.
+char *takuma_cuda_event_new(void **event);
+char *takuma_cuda_event_record(void *event);
+char *takuma_cuda_event_query(void *event, int32_t *reached);
+void takuma_cuda_event_free(void *event);
+
+// Graphs, given away. From `begin` to `end` the calling thread's stream keeps what it is given instead of
+// running it. `free` ends a capture that has not been ended, on the thread that began it.
+char *takuma_cuda_graph_begin(void **graph);
+char *takuma_cuda_graph_end(void *graph);
+char *takuma_cuda_graph_replay(void *graph);
+void takuma_cuda_graph_free(void *graph);
 
 #ifdef __cplusplus
 }

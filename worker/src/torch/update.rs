@@ -1,0 +1,141 @@
+//! An update of a network: are the gradients numbers, and Adam.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{TorchError, check, ffi, pointers, raw};
+
+/// The first of `tensors` with a value that is infinite or not a number. Dense f32, f64 or bf16 tensors, all
+/// on one device, read once, in the order of memory. On a GPU it waits for the stream: see [`guard`].
+///
+/// # Errors
+/// libtorch's, for other tensors.
+pub fn first_not_finite(tensors: &[&Tensor]) -> Result<Option<usize>, TorchError> {
+    let tensors = pointers(tensors);
+    let mut found = tensors.len();
+    // SAFETY: borrowed tensors, borrowed for the call; `found` is written during it.
+    unsafe {
+        check("first_not_finite", ffi::takuma_first_not_finite(tensors.as_ptr(), tensors.len(), &mut found))?;
+    }
+    Ok((found < tensors.len()).then_some(found))
+}
+
+/// Where [`guard`] reads and writes: scalars on the gradients' device, in memory that stays the same.
+#[derive(Debug)]
+pub struct Guard {
+    /// f32: 1 if the update must not be applied, else 0.
+    pub found: Tensor,
+    /// f32: 1 once an update was refused and nobody has reset it; all later ones are then refused too.
+    pub frozen: Tensor,
+    /// i64: the first gradient that was infinite or not a number, or their count.
+    pub index: Tensor,
+}
+
+impl Guard {
+    /// A guard that has refused nothing.
+    #[must_use]
+    pub fn new(device: Device) -> Self {
+        Self {
+            found: Tensor::zeros([], (Kind::Float, device)),
+            frozen: Tensor::zeros([], (Kind::Float, device)),
+            index: Tensor::zeros([], (Kind::Int64, device)),
+        }
+    }
+
+    /// A guard with results of its own and this one's `frozen`.
+    #[must_use]
+    pub fn sharing_frozen(&self) -> Self {
+        Self { frozen: self.frozen.shallow_clone(), ..Self::new(self.frozen.device()) }
+    }
+}
+
+/// Judges an update on the device: `guard.found` becomes 1 if `loss` or any gradient is infinite or not a
+/// number, or if `guard.frozen` is set, else 0; `guard.index` becomes the first such gradient's index, or
+/// their count if it is the loss or `frozen` alone. If `sticky`, `guard.frozen` then becomes `guard.found`.
+/// Enqueued only, on a GPU.
+///
+/// # Shapes
+/// Dense gradients, f32, f64 or bf16; `loss` a scalar of those types; all on the guard's device.
+///
+/// # Errors
+/// Other tensors.
+pub fn guard(gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky: bool) -> Result<(), TorchError> {
+    let gradients = pointers(gradients);
+    // SAFETY: tensors, borrowed for the call.
+    unsafe {
+        check(
+            "guard",
+            ffi::takuma_guard(
+                gradients.as_ptr(),
+                gradients.len(),
+                raw(loss),
+                raw(&guard.frozen),
+                i32::from(sticky),
+                raw(&guard.found),
+                raw(&guard.index),
+            ),
+        )
+    }
+}
+
+/// The tensors that one Adam step reads and writes, all of equal length and order.
+pub struct AdamTensors<'a> {
+    /// Updated.
+    pub params: &'a [&'a Tensor],
+    /// Read.
+    pub grads: &'a [&'a Tensor],
+    /// First moments, updated.
+    pub exp_avgs: &'a [&'a Tensor],
+    /// Second moments, updated.
+    pub exp_avg_sqs: &'a [&'a Tensor],
+    /// Scalars f32 on the parameters' device: counted up by one.
+    pub steps: &'a [&'a Tensor],
+    /// A scalar f32: where it is 1, nothing is updated and nothing counted. See [`Guard::found`].
+    pub found_inf: Option<&'a Tensor>,
+}
+
+/// Adam's numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamOptions {
+    /// Step size.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+/// One Adam step over all parameters in one call. Enqueued only, on a GPU.
+///
+/// # Errors
+/// libtorch's, for tensors that do not fit together.
+///
+/// # Source
+/// Kingma and Ba 2015, algorithm 1; `torch.optim.Adam(fused=True)`.
+pub fn fused_adam(tensors: &AdamTensors<'_>, options: AdamOptions) -> Result<(), TorchError> {
+    let lists =
+        [tensors.params, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps].map(pointers);
+    let n = lists[0].len();
+    assert!(lists.iter().all(|list| list.len() == n), "Adam's lists have one entry per parameter");
+    let [params, grads, exp_avgs, exp_avg_sqs, steps] = lists;
+    // SAFETY: five lists of n borrowed tensors each; NULL where `found_inf` is none.
+    unsafe {
+        check(
+            "fused_adam",
+            ffi::takuma_fused_adam(
+                params.as_ptr(),
+                grads.as_ptr(),
+                exp_avgs.as_ptr(),
+                exp_avg_sqs.as_ptr(),
+                steps.as_ptr(),
+                n,
+                tensors.found_inf.map_or(std::ptr::null_mut(), raw),
+                options.learning_rate,
+                options.beta1,
+                options.beta2,
+                options.eps,
+            ),
+        )
+    }
+}
