@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes the container image $TAKUMA_IMAGE (takuma:latest) from a finished `make build`.
+#   TAKUMA_CUDA=1  with what GPUs need beside the host's driver
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

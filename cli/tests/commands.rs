@@ -103,6 +103,23 @@ async fn dry_run_prints_settings_and_plan_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn precision_reaches_the_coordinator_from_flag_and_environment() {
+    let fake = Fake::start(script(Queued, 0)).await;
+    assert_eq!(fake.takuma(&submit(&["-d", "-y", "--precision", "bf16"])).await.code, 0);
+    let variables = [("TAKUMA_RUN_PRECISION", "tf32")];
+    assert_eq!(takuma_in(&submit(&["-d", "-y"]), Some(fake.address), &variables).await.code, 0);
+    let sent: Vec<_> = {
+        let script = fake.script.lock().unwrap();
+        script.submitted.iter().map(|request| request.config_json.clone()).collect()
+    };
+    for (config, precision) in sent.iter().zip(["bf16", "bf16", "tf32", "tf32"]) {
+        assert!(config.contains(&format!(r#""precision":"{precision}""#)), "{config}");
+    }
+    assert_eq!(sent.len(), 4, "each run is planned, then made");
+    assert_eq!(fake.takuma(&submit(&["-y", "--precision", "fp16"])).await.code, 2);
+}
+
+#[tokio::test]
 async fn coordinator_refusal_is_printed_as_it_is() {
     let fake = Fake::start(script(Queued, 0)).await;
     let ran = fake.takuma(&["run", "submit", "dcgan-tiny", "--data", "file:///missing", "-y"]).await;

@@ -133,6 +133,7 @@ fn every_key_of_a_run_is_known_and_can_be_set() {
         "bucket_bytes" => "8192",
         "exact" | "balance" => "false",
         "on_nan" => "rollback",
+        "precision" => "bf16",
         "exchange_timeout_ms" => "500",
         _ => "4",
     };

@@ -9,4 +9,4 @@ pub mod v1 {
 }
 
 /// Number that coordinator, worker and CLI greet each other with; unequal numbers are refused in words.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;

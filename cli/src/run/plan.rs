@@ -1,6 +1,6 @@
 //! What a run will do, in words.
 
-use takuma_core::config::RunConfig;
+use takuma_core::config::{Precision, RunConfig};
 use takuma_proto::v1::Plan;
 
 use crate::output::{count, duration};
@@ -47,6 +47,11 @@ pub fn describe(config: &RunConfig, plan: &Plan) -> Vec<String> {
         line("ETA", eta),
         line("start", start(plan)),
     ];
+    match config.precision {
+        Precision::F32 => {}
+        Precision::Tf32 => lines.insert(5, line("precision", "TF32 in convolutions on GPUs".to_owned())),
+        Precision::Bf16 => lines.insert(5, line("precision", "bfloat16 in convolutions".to_owned())),
+    }
     if config.exact {
         let lanes = count(config.lanes.into(), "lane");
         let most = count(config.lanes.into(), "worker");
@@ -105,6 +110,15 @@ mod tests {
             text.contains("exact       8 lanes: the same bits whatever workers train, 8 workers at most"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn precision_is_told_where_it_is_not_the_full_one() {
+        let mut config = RunConfig::new(Recipe::DcganTiny, "file:///d");
+        assert!(!describe(&config, &plan()).join("\n").contains("precision"));
+        config.precision = Precision::Bf16;
+        let text = describe(&config, &plan()).join("\n");
+        assert!(text.contains("precision   bfloat16 in convolutions"), "{text}");
     }
 
     #[test]

@@ -70,6 +70,9 @@ pub(super) struct SubmitArgs {
     /// Whose statistics normalise a batch: all workers' (sync) or each its own (local) [default: sync]
     #[arg(long, value_name = "MODE", value_enum)]
     batch_norm: Option<BatchNormFlag>,
+    /// In which numbers convolutions are computed: f32, tf32 (on GPUs; on CPUs the same as f32) or bf16 [default: f32]
+    #[arg(long, value_name = "NUMBERS", value_enum)]
+    precision: Option<PrecisionFlag>,
     /// The same bits whatever workers train and whatever fails; --set lanes=N parts the batch [default: 8]
     #[arg(long)]
     exact: bool,
@@ -118,6 +121,13 @@ enum OnNanFlag {
     Rollback,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PrecisionFlag {
+    F32,
+    Tf32,
+    Bf16,
+}
+
 impl SubmitArgs {
     fn config(&self) -> Result<RunConfig, SettingsError> {
         let mut layers = Vec::new();
@@ -144,11 +154,17 @@ impl SubmitArgs {
             OnNanFlag::Skip => "skip".to_owned(),
             OnNanFlag::Rollback => "rollback".to_owned(),
         });
+        let precision = self.precision.map(|precision| match precision {
+            PrecisionFlag::F32 => "f32".to_owned(),
+            PrecisionFlag::Tf32 => "tf32".to_owned(),
+            PrecisionFlag::Bf16 => "bf16".to_owned(),
+        });
         let texts = [
             ("recipe", &self.recipe),
             ("data", &self.data),
             ("on_nan", &on_nan),
             ("batch_norm", &batch_norm),
+            ("precision", &precision),
         ];
         for (key, text) in texts {
             if let Some(text) = text {

@@ -79,6 +79,20 @@ pub enum OnNan {
     Rollback,
 }
 
+/// In which numbers convolutions are computed. Weights, statistics, losses, gradients' sums and the optimizer are f32
+/// in all of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// Full single precision, on every device.
+    #[default]
+    F32,
+    /// GPUs multiply in TF32: the range of f32 with 10 bits of fraction, on tensor cores. CPUs compute as for `f32`.
+    Tf32,
+    /// Inputs and weights of a convolution are rounded to bfloat16; weights themselves stay f32.
+    Bf16,
+}
+
 /// A run, to the number. Construct by deserialising: defaults fill what is left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -120,6 +134,9 @@ pub struct RunConfig {
     /// Whose statistics normalise a batch.
     #[serde(default)]
     pub batch_norm: BatchNorm,
+    /// In which numbers convolutions are computed.
+    #[serde(default)]
+    pub precision: Precision,
     /// The same bits whatever workers there are and whatever fails: see docs/exact.md.
     #[serde(default)]
     pub exact: bool,
@@ -272,6 +289,7 @@ impl RunConfig {
             keep_checkpoints: None,
             on_nan: OnNan::default(),
             batch_norm: BatchNorm::default(),
+            precision: Precision::default(),
             exact: false,
             lanes: defaults::lanes(),
             learning_rate: defaults::learning_rate(),
@@ -417,6 +435,23 @@ mod tests {
         config.steps = Some(7);
         config.workers = Some(3);
         assert_eq!(RunConfig::from_json(&config.to_json()), Ok(config));
+    }
+
+    #[test]
+    fn precision_is_f32_unless_said_and_reads_as_people_write_it() {
+        let with = |text: &str| {
+            RunConfig::from_json(&format!(r#"{{"recipe":"dcgan-tiny","data":"file:///d"{text}}}"#))
+        };
+        assert_eq!(with("").unwrap().precision, Precision::F32);
+        for (name, precision) in
+            [("f32", Precision::F32), ("tf32", Precision::Tf32), ("bf16", Precision::Bf16)]
+        {
+            let config = with(&format!(r#","precision":"{name}""#)).unwrap();
+            assert_eq!(config.precision, precision);
+            assert!(config.to_json().contains(&format!(r#""precision":"{name}""#)), "{}", config.to_json());
+        }
+        let message = with(r#","precision":"fp16""#).unwrap_err().to_string();
+        assert!(message.contains("fp16") && message.contains("bf16"), "{message}");
     }
 
     #[test]
