@@ -3,7 +3,8 @@
 //! * [`control`]: the session with the coordinator; loads a run and starts its trainer.
 //! * [`trainer`]: the step loop. [`recipe`]: losses and phases. [`model`]: the networks.
 //! * [`collective`]: sums over workers. [`checkpoint`]: state to the store and back.
-//! * [`device`]: processor or GPU. [`torch`]: what takuma needs of libtorch and tch lacks.
+//! * [`device`]: processor or GPU. [`supervise`]: the parent of a worker whose GPU may hang.
+//! * [`torch`]: what takuma needs of libtorch and tch lacks.
 
 pub mod checkpoint;
 pub mod collective;
@@ -11,6 +12,7 @@ pub mod control;
 pub mod device;
 pub mod model;
 pub mod recipe;
+pub mod supervise;
 pub mod torch;
 pub mod trainer;
 

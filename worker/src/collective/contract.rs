@@ -35,8 +35,13 @@ fn rings(world: usize, channels: usize) -> Members {
     boxed(form(world, |config| config.channels = channels))
 }
 
-fn boxed(rings: Vec<Ring>) -> Members {
-    rings.into_iter().map(|ring| Box::new(ring) as Box<dyn Collective>).collect()
+/// A ring with a communicator beside it.
+fn nccl(world: usize) -> Members {
+    boxed(super::nccl::fake::form(world, |_| {}))
+}
+
+fn boxed<C: Collective + 'static>(members: Vec<C>) -> Members {
+    members.into_iter().map(|member| Box::new(member) as Box<dyn Collective>).collect()
 }
 
 /// A ring of `world` ranks on this machine, its settings adjusted by `adjust`.
@@ -312,6 +317,7 @@ macro_rules! contract {
 contract!(loopback, [1]);
 contract!(ring, [1, 2, 3, 4, 5, 8]);
 contract!(ring_over_tcp, [2, 3, 4, 8]);
+contract!(nccl, [1, 2, 3, 8]);
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]

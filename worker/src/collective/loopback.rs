@@ -27,7 +27,8 @@ impl Loopback {
         Self { generation, aborted: Arc::default() }
     }
 
-    fn check(&self, operation: &str) -> Result<(), CollectiveError> {
+    /// Fails once the group is over.
+    pub(super) fn check(&self, operation: &str) -> Result<(), CollectiveError> {
         match &*self.aborted.lock().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(()),
             Some(reason) => {

@@ -1,8 +1,9 @@
 //! Exchange between the workers of one group: sums, broadcasts, barriers.
 //!
-//! Owns the [`Collective`] trait and its implementations: [`Loopback`] for a group of one and
-//! [`ring::Ring`] over TCP for CPU tensors. `contract.rs` is the one suite that all of them pass.
-//! Knows nothing of tensors, recipes or the coordinator: values come as slices, members as addresses.
+//! Owns the [`Collective`] trait and its implementations: [`Loopback`] for a group of one,
+//! [`ring::Ring`] over TCP for CPU tensors, and [`nccl::Nccl`], a ring whose members sum GPU memory through NCCL
+//! ([`DeviceCollective`]). `contract.rs` is the one suite that all of them pass.
+//! Knows nothing of tensors, recipes or the coordinator: values come as slices or addresses, members as addresses.
 //!
 //! Every rank of a group must call the same operations in the same order. Whatever goes wrong is one
 //! [`CollectiveError`]; after the first one the group is over and each later call returns it again, so
@@ -10,17 +11,21 @@
 
 #[cfg(test)]
 mod contract;
+mod device;
 mod error;
 mod lanes;
 mod loopback;
+pub mod nccl;
 mod pending;
 pub mod ring;
 mod sum;
 
 use std::{fmt, sync::Arc, time::Duration};
 
+pub use device::{DeviceCollective, DeviceKind, DeviceValues};
 pub use error::CollectiveError;
 pub use loopback::Loopback;
+pub use nccl::{Nccl, NcclConfig};
 pub use pending::PendingReduce;
 pub use ring::{Ring, RingConfig, RingListener};
 use takuma_core::ids::{Generation, Rank};
@@ -117,6 +122,11 @@ pub trait Collective: Send + Sync + fmt::Debug {
     /// waiting for the peers: large where the link is slow. Zero where there is no link.
     fn take_receiving(&self) -> Duration {
         Duration::ZERO
+    }
+
+    /// The same group's sums of device memory, where it has them.
+    fn on_device(&self) -> Option<&dyn DeviceCollective> {
+        None
     }
 
     /// A handle that ends this group from any thread.

@@ -147,7 +147,10 @@ fn image_that_is_no_number_ends_the_phase_alike_on_all_workers() {
             drop(batch.reals_nchw.get(3).fill_(f64::NAN));
         }
         let message = net.phase(&batch, Phase::D, &mut []).unwrap_err().to_string();
-        assert!(message.starts_with("the loss and the gradient of conv1.weight became infinite"), "{message}");
+        assert!(
+            message.starts_with("the loss and the gradient of conv1.weight became infinite"),
+            "{message}"
+        );
         assert!(bytes(&net) == before);
         batch = feed.batch(0).unwrap();
         iterate(&mut net, &batch);

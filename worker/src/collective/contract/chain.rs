@@ -41,6 +41,10 @@ fn ring_over_tcp(split: &[u32]) -> Members {
     }))
 }
 
+fn nccl(split: &[u32]) -> Members {
+    boxed(crate::collective::nccl::fake::form(split.len(), |config| config.lanes_by_rank = split.to_vec()))
+}
+
 fn rings(split: &[u32], channels: usize) -> Members {
     boxed(form(split.len(), |config| {
         config.channels = channels;
@@ -256,6 +260,7 @@ macro_rules! chain_contract {
 chain_contract!(loopback, [&[8]]);
 chain_contract!(ring, super::SPLITS);
 chain_contract!(ring_over_tcp, [&[5, 3], &[3, 3, 2], &[1; 8]]);
+chain_contract!(nccl, [&[8], &[3, 3, 2]]);
 
 #[test]
 fn other_number_of_lanes_than_agreed_is_refused() {

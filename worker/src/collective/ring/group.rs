@@ -28,7 +28,7 @@ use crate::collective::CollectiveError;
 
 /// How long a broken data socket waits for the control connection to tell who is really to blame. The
 /// word is on its way when the socket breaks; this covers a lost packet and its repeat.
-const VERDICT_GRACE: Duration = Duration::from_millis(300);
+pub(super) const VERDICT_GRACE: Duration = Duration::from_millis(300);
 
 /// A direction in the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -314,31 +314,50 @@ impl Group {
     }
 
     /// What it means that no byte moved on `sides` (one or both) for the whole timeout.
-    ///
-    /// Blames a neighbour that is not itself waiting. If all of them are, somebody further on is at fault
-    /// and its neighbours are about to say so; only if they do not is a neighbour blamed.
     pub(super) fn overdue(&self, sides: &[Side], operation: Operation, waited: Duration) -> CollectiveError {
-        let idle = sides.iter().copied().find(|&side| !self.side(side).is_waiting);
-        if idle.is_none() {
-            let grace = VERDICT_GRACE.max(self.timeout() / 4);
-            let state = self.state();
-            let outcome = self
-                .changed
-                .wait_timeout_while(state, grace, |state| state.failure.is_none() && !state.is_closing);
-            drop(outcome.unwrap_or_else(PoisonError::into_inner));
-        }
-        let side = idle.or_else(|| sides.first().copied()).unwrap_or(Side::Previous);
+        let side = self.idle_side(sides);
         let detail = match side {
             Side::Previous => "no data came from it",
             Side::Next => "it takes no data",
         };
+        self.time_out(side, &operation.to_string(), waited, detail)
+    }
+
+    /// The neighbour to blame for a wait that led to nothing: one that is not itself waiting. If all of
+    /// `sides` are, somebody further on is at fault and its neighbours are about to say so; only if they do
+    /// not is a neighbour blamed.
+    pub(super) fn idle_side(&self, sides: &[Side]) -> Side {
+        let idle = sides.iter().copied().find(|&side| !self.side(side).is_waiting);
+        if idle.is_none() {
+            self.await_verdict(VERDICT_GRACE.max(self.timeout() / 4));
+        }
+        idle.or_else(|| sides.first().copied()).unwrap_or(Side::Previous)
+    }
+
+    /// Gives the others time to end the group with what they know.
+    pub(super) fn await_verdict(&self, grace: Duration) {
+        let state = self.state();
+        let outcome = self
+            .changed
+            .wait_timeout_while(state, grace, |state| state.failure.is_none() && !state.is_closing);
+        drop(outcome.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Ends the group because the neighbour on `side` was waited for in vain.
+    pub(super) fn time_out(
+        &self,
+        side: Side,
+        operation: &str,
+        waited: Duration,
+        detail: &str,
+    ) -> CollectiveError {
         self.fail(CollectiveError::Timeout {
             rank: self.peer(side),
             waited,
-            operation: operation.to_string(),
+            operation: operation.into(),
             detail: detail.into(),
         })
-        .during(&operation.to_string())
+        .during(operation)
     }
 
     /// Breaks every connection without a word, as the kernel does for a killed process.

@@ -7,8 +7,9 @@
 //! Every frame carries the generation, the operation and its number, so ranks that have gone different
 //! ways find out at the first frame (`frame.rs`). What is sent in which order is `flow.rs`, how it gets
 //! through the sockets `pipe.rs`, which threads do it `links.rs` and `short.rs`, and how the end of a group
-//! reaches every rank `group.rs`.
+//! reaches every rank `group.rs`. What a second way to sum, beside the ring, needs of it is `beside.rs`.
 
+mod beside;
 mod config;
 mod connect;
 #[cfg(test)]
@@ -83,7 +84,7 @@ impl Ring {
 
     /// Breaks all connections without a word, as if the process were killed.
     #[cfg(test)]
-    pub(crate) fn vanish(self) {
+    pub(crate) fn vanish(&self) {
         if let Some(links) = &self.links {
             links.group.vanish();
         }
