@@ -38,6 +38,16 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
+    /// Whether this may come to a GPU.
+    #[must_use]
+    pub fn may_be_gpu(self) -> bool {
+        match self {
+            Self::Auto => has_gpu(),
+            Self::Cpu => false,
+            Self::Cuda(_) => true,
+        }
+    }
+
     /// Makes ready what was chosen. Must be called before anything else asks libtorch about CUDA.
     ///
     /// # Errors

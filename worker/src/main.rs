@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use takuma_worker::collective::RingListener;
 use takuma_worker::control::{LogForwarder, Options, serve};
 use takuma_worker::device::{self, DeviceChoice, Inventory};
+use takuma_worker::supervise;
 use tikv_jemallocator::Jemalloc;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::layer::SubscriberExt;
@@ -79,6 +80,10 @@ fn main() -> ExitCode {
     }
     let (forwarder, log_lines) = LogForwarder::new();
     start_logging(args.log_format, forwarder.clone());
+    // A GPU can hang so that only the end of its process helps; then the parent starts the worker again.
+    if let Some(code) = supervise::run(args.device.may_be_gpu()) {
+        return code;
+    }
     match run(args, forwarder, log_lines) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

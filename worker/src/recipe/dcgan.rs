@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use takuma_core::config::{OnNan, Recipe, RunConfig};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::ahead::Ahead;
 use super::lanes::Lanes;

@@ -39,6 +39,7 @@ pub struct CudaDevice {
     pub name: [c_char; 256],
     pub memory_bytes: u64,
     pub capability: [i32; 2],
+    pub uuid: [u8; 16],
 }
 
 unsafe extern "C" {

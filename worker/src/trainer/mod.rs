@@ -7,6 +7,7 @@ mod device_buckets;
 mod exchange;
 mod fault;
 mod feed;
+mod meet;
 mod messages;
 mod optimizer;
 mod progress;

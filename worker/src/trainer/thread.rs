@@ -18,13 +18,14 @@ use super::agree::{AgreeError, Agreement, Progressed, agree};
 use super::exchange::Exchange;
 use super::fault::Faults;
 use super::feed::Feed;
+use super::meet::Meeting;
 use super::messages::{Command, JobError, Note, Seat};
 use super::progress::Progress;
 use super::samples::Samples;
 use super::spool::Spool;
 use super::stopper::Stopper;
 use crate::checkpoint::{Loaded, Snapshot, Uploader, restore_into};
-use crate::collective::{CollectiveError, Loopback, Ring, RingListener};
+use crate::collective::{Collective, CollectiveError, Loopback, Ring, RingListener};
 use crate::device;
 use crate::model::Arithmetic;
 use crate::recipe::{Batch, Dcgan, DcganState, Phase, PhaseError, PhaseSums};
@@ -76,6 +77,7 @@ pub struct Trainer {
     pub(super) parts: Parts,
     pub(super) net: Dcgan,
     pub(super) exchange: Arc<Exchange>,
+    meeting: Meeting,
     /// Whole steps are handed to the device where that is possible; see [`Trainer::train_ahead`].
     pub(super) runs_ahead: bool,
     /// When the numbers of the newest such step came.
@@ -128,6 +130,7 @@ impl Trainer {
         Ok(Self {
             runs_ahead: parts.device.is_cuda() || std::env::var_os(RUN_AHEAD_VARIABLE).is_some(),
             settled_at: None,
+            meeting: Meeting::new(parts.device),
             parts,
             net,
             exchange,
@@ -219,7 +222,9 @@ impl Trainer {
         self.net.regroup();
         self.parts.feed.set_slots(seat.slots);
         let ring = Ring::connect(&self.parts.listener, seat.ring)?;
-        self.exchange.enter(Box::new(ring));
+        // Already while the members meet: a group that is over must let go of this thread.
+        self.parts.stopper.guard(generation, ring.abort_handle());
+        self.exchange.enter(self.meeting.join(ring)?);
         let collective = self.exchange.collective();
         self.parts.stopper.guard(generation, collective.abort_handle());
         let spool = &self.parts.spool;

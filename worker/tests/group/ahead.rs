@@ -95,7 +95,7 @@ fn update_that_is_skipped_leaves_what_leaving_it_out_leaves() {
     let (mut one, mut whole) =
         (net(&run(OnNan::Skip), &Exchange::new()), net(&run(OnNan::Skip), &Exchange::new()));
     let mut ahead = feed(&faces, ALL);
-    let mut batch = feed(&faces, ALL).batch(0).unwrap();
+    let batch = feed(&faces, ALL).batch(0).unwrap();
     drop(batch.reals_nchw.get(3).fill_(f64::NAN));
     let expected = Phase::ALL.map(|phase| match one.phase(&batch, phase, &mut []) {
         Ok(sums) => Outcome::Applied(sums),

@@ -37,6 +37,8 @@ pub struct DeviceInfo {
     pub capability: (u32, u32),
     /// All of its memory.
     pub memory_bytes: u64,
+    /// Its identity, whatever number it has in this process.
+    pub uuid: [u8; 16],
 }
 
 /// Versions as (major, minor).
@@ -72,7 +74,8 @@ pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
 }
 
 fn device(index: i32) -> Result<DeviceInfo, CudaError> {
-    let mut found = ffi::CudaDevice { name: [0; 256], memory_bytes: 0, capability: [0; 2] };
+    let mut found =
+        ffi::CudaDevice { name: [0; 256], memory_bytes: 0, capability: [0; 2], uuid: [0; 16] };
     // SAFETY: `found` is written during the call; the shim ends the name with a NUL.
     let name = unsafe {
         check("device", ffi::takuma_cuda_device(index, &mut found)).map_err(CudaError::from)?;
@@ -83,6 +86,7 @@ fn device(index: i32) -> Result<DeviceInfo, CudaError> {
         name,
         capability: (found.capability[0].unsigned_abs(), found.capability[1].unsigned_abs()),
         memory_bytes: found.memory_bytes,
+        uuid: found.uuid,
     })
 }
 
