@@ -196,6 +196,11 @@ impl Cluster {
         });
     }
 
+    /// Starts a worker that may be taken into a run at once.
+    pub fn add_worker_now(&mut self, name: &str) {
+        self.start_worker(name, &["--listen", "127.0.0.1:0"], None);
+    }
+
     /// Starts a worker that strikes itself at a place in a step (see the worker's `fault.rs`).
     pub fn add_doomed_worker(&mut self, name: &str, fault: &str) {
         self.start_worker(name, &["--listen", "127.0.0.1:0"], Some(fault));

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use takuma_tests::{Cluster, Proxy, wait_for};
+use tempfile::TempDir;
 
 fn submit(cluster: &Cluster, name: &str, steps: u64, rest: &[&str]) {
     let data = cluster.dataset(256);
@@ -254,4 +255,39 @@ fn a_run_rolls_back_before_a_number_that_is_none_and_passes_over_its_step() {
     let folders = std::fs::read_dir(cluster.path("store/runs/rolling/checkpoints")).unwrap();
     assert_eq!(folders.count(), 2, "nothing else is left");
     let _printed = cluster.ok(&["checkpoint", "verify", "rolling", "--all"]);
+}
+
+/// What a worker on a GPU does while it is alone, done on a processor.
+#[test]
+fn worker_that_hands_over_whole_steps_trains_the_same_and_takes_others_in() {
+    let folder = TempDir::new().unwrap();
+    let store = format!("file://{}/store", folder.path().display());
+    let environment = vec![("TAKUMA_RUN_AHEAD", "1".to_owned())];
+    let mut cluster = Cluster::over(folder, store, environment, 1);
+    submit(&cluster, "ahead", 45, &[]);
+    is_whole(&cluster, "ahead", 45);
+    let digest = |cluster: &Cluster, run: &str| {
+        cluster.json(&["run", "show", run, "-o", "json"])["weights_sha256"].clone()
+    };
+    let undisturbed = Cluster::start(1);
+    submit(&undisturbed, "waited", 45, &[]);
+    is_whole(&undisturbed, "waited", 45);
+    assert_eq!(digest(&cluster, "ahead"), digest(&undisturbed, "waited"));
+
+    submit(&cluster, "joined", 120, &["--workers", "2"]);
+    cluster.add_worker_now("worker-2");
+    cluster.wait_for_step("joined", 5);
+    cluster.worker("worker-2").kill();
+    wait_for("the first to go on alone", || {
+        (cluster.json(&["run", "show", "joined", "-o", "json"])["workers"] == 1).then_some(())
+    });
+    let step = cluster.json(&["run", "show", "joined", "-o", "json"])["step"].as_u64().unwrap();
+    cluster.wait_for_step("joined", step + 5);
+    cluster.add_worker_now("worker-3");
+    wait_for("the third worker", || {
+        let view = cluster.json(&["run", "show", "joined", "-o", "json"]);
+        assert_ne!(view["status"], "succeeded", "the run ended before it came");
+        (view["workers"] == 2).then_some(())
+    });
+    is_whole(&cluster, "joined", 120);
 }

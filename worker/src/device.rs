@@ -77,7 +77,7 @@ pub fn enter(device: Device, config: &RunConfig) -> Result<(), CudaError> {
         config::Precision::Tf32 => cuda::Precision::Tf32,
         config::Precision::Bf16 => cuda::Precision::Bf16,
     };
-    cuda::select(index as u32, precision, config.exact).map(drop)
+    cuda::select(index as u32, precision, false).map(drop)
 }
 
 /// "cpu" or "cuda:0".

@@ -126,6 +126,7 @@ typedef struct {
   char name[256];
   uint64_t memory_bytes;
   int32_t capability[2];
+  uint8_t uuid[16];
 } takuma_cuda_device_info;
 
 char *takuma_cuda_device_count(int32_t *count);

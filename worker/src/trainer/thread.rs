@@ -113,6 +113,9 @@ impl Trainer {
     /// # Errors
     /// libtorch's, or a checkpoint that does not fit.
     pub fn new(mut parts: Parts) -> Result<Self, JobError> {
+        if parts.config.exact && parts.device.is_cuda() {
+            return Err(JobError::ExactOnGpu);
+        }
         device::enter(parts.device, &parts.config)?;
         let exchange = Exchange::new();
         let arithmetic = Arithmetic::of(parts.config.precision, parts.device);

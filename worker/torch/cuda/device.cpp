@@ -43,6 +43,7 @@ void device(int32_t index, takuma_cuda_device_info *info) {
   info->memory_bytes = properties.totalGlobalMem;
   info->capability[0] = properties.major;
   info->capability[1] = properties.minor;
+  std::memcpy(info->uuid, properties.uuid.bytes, sizeof info->uuid);
 }
 
 int32_t runtime_version() {
