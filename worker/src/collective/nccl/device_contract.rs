@@ -115,14 +115,15 @@ fn sums_mix_with_operations_of_the_host() {
         let mut pending = Vec::new();
         for (turn, bucket) in buckets.iter_mut().enumerate() {
             // The order of the two is this rank's own affair.
-            if member.rank().0 % 2 == 0 {
+            let is_even = member.rank().0.is_multiple_of(2);
+            if is_even {
                 stream.sum(member, bucket, DeviceKind::F32).unwrap();
             }
             let mut short = [f64::from(member.rank().0)];
             member.all_reduce_f64(&mut short).unwrap();
             assert_eq!(short[0], f64::from(member.world() * (member.world() - 1) / 2));
             pending.push(member.start_all_reduce(vec![turn as f32; 500]).unwrap());
-            if member.rank().0 % 2 == 1 {
+            if !is_even {
                 stream.sum(member, bucket, DeviceKind::F32).unwrap();
             }
         }

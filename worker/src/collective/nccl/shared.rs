@@ -19,6 +19,8 @@ use super::{
 };
 use crate::collective::{CollectiveError, DeviceKind, DeviceValues, Ring};
 
+const ENQUEUING: &str = "all_reduce on the GPU";
+
 /// A wait is spun for this long, since most are shorter, and slept in pauses after that.
 const SPIN: Duration = Duration::from_micros(500);
 const PAUSE: Duration = Duration::from_micros(100);
@@ -108,6 +110,8 @@ impl Shared {
         values: DeviceValues,
         stream: *mut c_void,
     ) -> Result<(), CollectiveError> {
+        // Before the turn, too: the end of the communicator may have that for long.
+        self.check(ENQUEUING)?;
         let turn = lock(&self.turn);
         let operation = Operation { number: self.sums().begun + 1, len: values.len, kind: values.kind };
         self.check(&operation.to_string())?;
