@@ -110,9 +110,18 @@ fn cuda_library(libtorch: &Path, include: &Path) {
     run(&mut link);
 }
 
+/// What the kernels are made of, in this order.
+const KERNEL_SOURCES: [&str; 5] = [
+    "torch/cuda/kernel_types.h",
+    "torch/cuda/numbers.cu",
+    "torch/cuda/batch_norm.cu",
+    "torch/cuda/images.cu",
+    "torch/cuda/update.cu",
+];
+
 /// The text of the kernels as a C++ file, for the compiler that runs where the GPU is.
 fn kernel_source(out: &Path) -> PathBuf {
-    let text: String = ["torch/cuda/kernel_types.h", "torch/cuda/kernels.cu"]
+    let text: String = KERNEL_SOURCES
         .map(|path| fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}")))
         .concat();
     let file = out.join("kernel_source.cpp");

@@ -1,5 +1,5 @@
-// What kernels.cu and the host that launches it agree on. Plain types only: it goes to NVRTC as it is, in front of
-// kernels.cu, where there is no header to include.
+// What the kernels (*.cu) and the host that launches them agree on. Plain types only: it goes to NVRTC as it is, in
+// front of the kernels, where there is no header to include.
 #ifndef TAKUMA_KERNEL_TYPES_H
 #define TAKUMA_KERNEL_TYPES_H
 

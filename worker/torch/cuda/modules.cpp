@@ -14,7 +14,7 @@
 
 #include "nvrtc.h"
 
-// Made by build.rs of kernel_types.h and kernels.cu; ends with a NUL.
+// Made by build.rs of kernel_types.h and the .cu files; ends with a NUL.
 extern const char takuma_kernel_source[];
 
 namespace {

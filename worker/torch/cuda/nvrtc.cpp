@@ -89,7 +89,7 @@ CompiledKernels compile_kernels(void *library, const char *source, int architect
   const Nvrtc nvrtc(library);
   const auto [name, is_cubin] = target(nvrtc, architecture);
   const std::string option = "--gpu-architecture=" + name;
-  // Without contraction of products and sums: what kernels.cu writes is what is computed, there and in the tests.
+  // Without contraction of products and sums: what the kernels say is what is computed, there and in the tests.
   const char *options[] = {option.c_str(), "--std=c++17", "--fmad=false", "--ptxas-options=-v"};
   Program program = nullptr;
   nvrtc.check(nvrtc.create(&program, source, "takuma_kernels.cu", 0, nullptr, nullptr),

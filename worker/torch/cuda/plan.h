@@ -6,7 +6,7 @@
 #include "kernel_types.h"
 
 struct Launch {
-  const char *kernel;  // a name in kernels.cu
+  const char *kernel;  // an extern "C" name in a .cu file
   unsigned grid[3], threads;
   void **arguments;  // their addresses, in the kernel's order
 };

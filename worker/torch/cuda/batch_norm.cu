@@ -1,58 +1,4 @@
-// takuma's kernels, compiled at run time for the GPU that is there (compile.cpp), and by the tests as C++.
-//
-// No atomics, and every sum in an order that sizes alone decide: results repeat to the bit. Compiled without
-// contraction; a fused multiply-add is written where one is wanted.
-
-struct Bf16 {
-  unsigned short bits;
-};
-
-template <typename T>
-struct WideOf {
-  typedef T type;
-};
-template <>
-struct WideOf<Bf16> {
-  typedef float type;
-};
-
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ double widen(double v) { return v; }
-__device__ __forceinline__ float widen(Bf16 v) {
-  return __uint_as_float(static_cast<unsigned>(v.bits) << 16);
-}
-
-__device__ __forceinline__ void narrow(float v, float &out) { out = v; }
-__device__ __forceinline__ void narrow(double v, double &out) { out = v; }
-__device__ __forceinline__ void narrow(float v, double &out) { out = v; }
-// To nearest, ties to even, as c10::BFloat16.
-__device__ __forceinline__ void narrow(float v, Bf16 &out) {
-  const unsigned bits = __float_as_uint(v);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = static_cast<unsigned short>(nan ? 0x7fc0u : rounded);
-}
-
-__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
-
-// Neighbouring values that one instruction loads.
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T at[V];
-};
-
-template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> load(const T *from) {
-  return *reinterpret_cast<const Pack<T, V> *>(from);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void store(T *to, const Pack<T, V> &values) {
-  *reinterpret_cast<Pack<T, V> *>(to) = values;
-}
-
-// ---- Batch normalisation over channels_last rows ---------------------------------------------------------------
+// Batch normalisation over channels_last rows. Behind numbers.cu.
 
 // Where a thread works: a pack of channels, and rows `first`, `first + lanes`, ... below `last`.
 struct Place {
@@ -344,119 +290,6 @@ __device__ __forceinline__ void finish_backward(NormPlan plan, const double *par
   }
 }
 
-// ---- Updates ----------------------------------------------------------------------------------------------------
-
-// Whether a word of 32 bits holds a number that is not finite; of an f64 it is the upper word.
-__device__ __forceinline__ bool not_finite_word(unsigned word, int type) {
-  if (type == kF32) return (word & 0x7f800000u) == 0x7f800000u;
-  if (type == kF64) return (word & 0x7ff00000u) == 0x7ff00000u;
-  return (word & 0x7f80u) == 0x7f80u || (word & 0x7f800000u) == 0x7f800000u;
-}
-
-__device__ __forceinline__ bool not_finite_at(const void *data, long long i, int type) {
-  if (type == kF32) return not_finite_word(static_cast<const unsigned *>(data)[i], kF32);
-  if (type == kF64) return not_finite_word(static_cast<const unsigned *>(data)[2 * i + 1], kF64);
-  return (static_cast<const unsigned short *>(data)[i] & 0x7f80u) == 0x7f80u;
-}
-
-// The smallest of the block's numbers, in thread 0.
-__device__ __forceinline__ int block_minimum(int value) {
-  __shared__ int shared[kThreads];
-  shared[threadIdx.x] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half && shared[threadIdx.x + half] < shared[threadIdx.x])
-      shared[threadIdx.x] = shared[threadIdx.x + half];
-  }
-  return shared[0];
-}
-
-// minima[block] = the first of the table's tensors in which the block saw a value that is not finite.
-extern "C" __global__ void __launch_bounds__(kThreads) takuma_scan(ScanTable table, int *minima) {
-  int first = table.not_found;
-  const long long start = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
-  const long long stride = static_cast<long long>(gridDim.x) * kThreads;
-  for (int entry = 0; entry < table.entries; ++entry) {
-    const void *data = table.data[entry];
-    const int type = table.type[entry];
-    const long long elements = table.elements[entry];
-    const int per_pack = type == kF64 ? 2 : type == kF32 ? 4 : 8;
-    const bool aligned = reinterpret_cast<unsigned long long>(data) % 16 == 0;
-    const long long packs = aligned ? elements / per_pack : 0;
-    bool bad = false;
-    for (long long i = start; i < packs; i += stride) {
-      const Pack<unsigned, 4> words = load<unsigned, 4>(static_cast<const unsigned *>(data) + 4 * i);
-      bad |= not_finite_word(words.at[1], type) || not_finite_word(words.at[3], type);
-      if (type != kF64) bad |= not_finite_word(words.at[0], type) || not_finite_word(words.at[2], type);
-    }
-    for (long long i = packs * per_pack + start; i < elements; i += stride)
-      bad |= not_finite_at(data, i, type);
-    if (bad && table.first_index + entry < first) first = table.first_index + entry;
-  }
-  const int least = block_minimum(first);
-  if (threadIdx.x == 0) minima[blockIdx.x] = least;
-}
-
-// The verdict over all minima and the loss. One block.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    takuma_judge(const int *minima, int count, int not_found, const void *loss, int loss_type,
-                 float *frozen, int sticky, float *found, long long *index) {
-  int first = not_found;
-  for (int i = threadIdx.x; i < count; i += kThreads)
-    if (minima[i] < first) first = minima[i];
-  const int least = block_minimum(first);
-  if (threadIdx.x != 0) return;
-  const bool refused = least < not_found || not_finite_at(loss, 0, loss_type) || *frozen != 0;
-  *found = refused ? 1.0f : 0.0f;
-  *index = least;
-  if (sticky) *frozen = refused ? 1.0f : 0.0f;
-}
-
-template <typename T>
-__device__ __forceinline__ void mix(void *running, int channel, double fresh, double momentum) {
-  T *value = static_cast<T *>(running) + channel;
-  *value = static_cast<T>(static_cast<double>(*value) * (1.0 - momentum) + fresh * momentum);
-}
-
-// Running statistics of layer blockIdx.y. The same roundings as statistics.cpp.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    takuma_commit_statistics(LayerTable table, const float *found) {
-  if (found && *found == 1.0f) return;
-  const int layer = blockIdx.y, channel = blockIdx.x * kThreads + threadIdx.x;
-  const int channels = table.channels[layer];
-  if (channel >= channels) return;
-  const double *batch = table.batch[layer] + channel;
-  for (int group = 0; group < table.groups[layer]; ++group, batch += 2 * channels) {
-    const double variance = batch[channels] * table.unbiased[layer];
-    if (table.type[layer] == kF64) {
-      mix<double>(table.mean[layer], channel, batch[0], table.momentum);
-      mix<double>(table.variance[layer], channel, variance, table.momentum);
-    } else {
-      mix<float>(table.mean[layer], channel, batch[0], table.momentum);
-      mix<float>(table.variance[layer], channel, variance, table.momentum);
-    }
-  }
-}
-
-// ---- Images -----------------------------------------------------------------------------------------------------
-
-// Image blockIdx.y of the batch, V bytes a thread.
-template <typename T, int V>
-__device__ __forceinline__ void gather(const unsigned char *images, const long long *rows,
-                                       T *target, long long bytes, long long count) {
-  const long long at = (static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x) * V;
-  if (at >= bytes) return;
-  const long long wanted = rows[blockIdx.y];
-  const long long row = wanted < 0 ? 0 : wanted < count ? wanted : count - 1;
-  const Pack<unsigned char, V> pixels = load<unsigned char, V>(images + row * bytes + at);
-  Pack<T, V> out;
-#pragma unroll
-  for (int k = 0; k < V; ++k) narrow(static_cast<float>(pixels.at[k]) / 127.5f - 1.0f, out.at[k]);
-  store<T, V>(target + blockIdx.y * bytes + at, out);
-}
-
-// ---- Instances --------------------------------------------------------------------------------------------------
-
 #define TAKUMA_ROWS(NAME, T, W, V)                                                                     \
   extern "C" __global__ void __launch_bounds__(kThreads)                                               \
       takuma_moments_##NAME(const T *x, RowPlan plan, double *partial) {                               \
@@ -490,13 +323,6 @@ __device__ __forceinline__ void gather(const unsigned char *images, const long l
     finish_backward<W>(plan, partial, sums, weight, stats, dweight, dbias, coefficients);              \
   }
 
-#define TAKUMA_GATHER(NAME, T, V)                                                                      \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                               \
-      takuma_gather_##NAME(const unsigned char *images, const long long *rows, T *target,              \
-                           long long bytes, long long count) {                                         \
-    gather<T, V>(images, rows, target, bytes, count);                                                  \
-  }
-
 TAKUMA_ROWS(f32_4, float, float, 4)
 TAKUMA_ROWS(f32_1, float, float, 1)
 TAKUMA_ROWS(f64_2, double, double, 2)
@@ -505,9 +331,3 @@ TAKUMA_ROWS(bf16_8, Bf16, float, 8)
 TAKUMA_ROWS(bf16_1, Bf16, float, 1)
 TAKUMA_FINISH(f32, float)
 TAKUMA_FINISH(f64, double)
-TAKUMA_GATHER(f32_4, float, 4)
-TAKUMA_GATHER(f32_1, float, 1)
-TAKUMA_GATHER(f64_2, double, 2)
-TAKUMA_GATHER(f64_1, double, 1)
-TAKUMA_GATHER(bf16_8, Bf16, 8)
-TAKUMA_GATHER(bf16_1, Bf16, 1)

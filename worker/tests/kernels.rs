@@ -1,0 +1,505 @@
+//! takuma's CUDA kernels against the processor's functions, without a GPU: their text is compiled as C++
+//! (`emulation/emulate.cpp`) and launched by the plans that launch it on a GPU.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use takuma_worker::torch::{self, BatchNormOptions, Guard, RunningStatistics, SumReducer};
+use tch::{Device, Kind, Tensor};
+
+#[repr(C)]
+struct EmulatedNorm {
+    kind: i64,
+    rows: i64,
+    channels: i64,
+    groups: i64,
+    count: f64,
+    eps: f64,
+    slope: f64,
+    x: *const c_void,
+    weight: *const c_void,
+    bias: *const c_void,
+    dy: *const c_void,
+    sum_factor: f64,
+    y: *mut c_void,
+    stats: *mut c_void,
+    dx: *mut c_void,
+    dweight: *mut c_void,
+    dbias: *mut c_void,
+}
+
+#[repr(C)]
+struct EmulatedValues {
+    data: *const c_void,
+    elements: i64,
+    kind: i64,
+}
+
+#[repr(C)]
+struct EmulatedLayer {
+    mean: *mut c_void,
+    variance: *mut c_void,
+    batch: *const c_void,
+    unbiased: f64,
+    channels: i64,
+    groups: i64,
+    kind: i64,
+}
+
+/// The emulation's functions. One caller at a time: a GPU's threads are globals there.
+struct Emulation {
+    norm: unsafe extern "C" fn(*const EmulatedNorm),
+    guard: unsafe extern "C" fn(
+        *const EmulatedValues,
+        i64,
+        *const EmulatedValues,
+        *mut c_void,
+        i32,
+        *mut c_void,
+        *mut c_void,
+    ),
+    commit: unsafe extern "C" fn(*const EmulatedLayer, i64, f64, *const c_void),
+    gather: unsafe extern "C" fn(*const c_void, i64, i64, *const c_void, i64, *mut c_void, i64),
+    kernels: unsafe extern "C" fn() -> *const c_char,
+    compiled: unsafe extern "C" fn(*const c_char, *const c_char, i32, *mut c_char, usize) -> i32,
+}
+
+fn emulation() -> MutexGuard<'static, Emulation> {
+    static EMULATION: OnceLock<Mutex<Emulation>> = OnceLock::new();
+    EMULATION.get_or_init(|| Mutex::new(Emulation::build())).lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Emulation {
+    fn build() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let library = folder.path().join("libemulation.so");
+        let worker = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let status = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
+            .args(["-std=c++17", "-O2", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-I"])
+            .arg(worker.join("torch/cuda"))
+            .arg(worker.join("tests/emulation/emulate.cpp"))
+            .args(["plan.cpp", "nvrtc.cpp"].map(|file| worker.join("torch/cuda").join(file)))
+            .arg("-o")
+            .arg(&library)
+            .arg("-ldl")
+            .status()
+            .unwrap();
+        assert!(status.success(), "the kernels do not compile as C++");
+        let path = CString::new(library.to_str().unwrap()).unwrap();
+        // SAFETY: the library was just built from this repository; each name has the type it is given here.
+        unsafe {
+            let open = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+            assert!(!open.is_null(), "{:?}", CStr::from_ptr(libc::dlerror()));
+            let symbol = |name: &CStr| {
+                let found = libc::dlsym(open, name.as_ptr());
+                assert!(!found.is_null(), "{name:?}");
+                found
+            };
+            Self {
+                norm: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_norm")),
+                guard: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_guard")),
+                commit: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_commit")),
+                gather: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_gather")),
+                kernels: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_kernels")),
+                compiled: std::mem::transmute::<*mut c_void, _>(symbol(c"compiled")),
+            }
+        }
+    }
+}
+
+/// As in `torch/cuda/kernel_types.h`.
+fn number(kind: Kind) -> i64 {
+    match kind {
+        Kind::Float => 0,
+        Kind::Double => 1,
+        Kind::BFloat16 => 2,
+        other => panic!("no kernel takes {other:?}"),
+    }
+}
+
+/// Values that spread around 0, the same in each run.
+fn values(shape: &[i64], seed: i64, kind: Kind) -> Tensor {
+    let len: i64 = shape.iter().product();
+    let at = Tensor::arange(len, (Kind::Double, Device::Cpu)) + (seed * 1013) as f64;
+    ((&at * 12.9898).sin() + (&at * 0.711).cos()).to_kind(kind).view(shape)
+}
+
+/// A dense tensor `offset` elements into its memory and with some behind its end, all of that 77.
+struct Fenced {
+    memory: Tensor,
+    offset: i64,
+    shape: Vec<i64>,
+}
+
+impl Fenced {
+    const FENCE: i64 = 64;
+
+    fn new(shape: &[i64], offset: i64, kind: Kind) -> Self {
+        let len: i64 = shape.iter().product();
+        let memory = Tensor::full([offset + len + Self::FENCE], 77.0, (kind, Device::Cpu));
+        Self { memory, offset, shape: shape.to_owned() }
+    }
+
+    fn of(values: &Tensor, offset: i64) -> Self {
+        let fenced = Self::new(&values.size(), offset, values.kind());
+        fenced.tensor().copy_(values);
+        fenced
+    }
+
+    fn tensor(&self) -> Tensor {
+        let len = self.shape.iter().product();
+        self.memory.narrow(0, self.offset, len).view(self.shape.as_slice())
+    }
+
+    fn pointer(&self) -> *mut c_void {
+        self.tensor().data_ptr()
+    }
+
+    fn check(&self, name: &str) {
+        let len: i64 = self.shape.iter().product();
+        for (first, count) in [(0, self.offset), (self.offset + len, Self::FENCE)] {
+            let rest = self.memory.narrow(0, first, count);
+            assert_eq!(rest.ne(77.0).sum(Kind::Int64).int64_value(&[]), 0, "{name} was left");
+        }
+    }
+}
+
+/// Another worker with the same batch.
+struct Twice;
+
+impl SumReducer for Twice {
+    fn sum(&self, values: &mut [f64]) -> bool {
+        values.iter_mut().for_each(|value| *value *= 2.0);
+        true
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    kind: Kind,
+    images: i64,
+    side: i64,
+    channels: i64,
+    groups: i64,
+    slope: f64,
+    exchanged: bool,
+    /// Elements by which the tensors are off their alignment.
+    offset: i64,
+}
+
+/// Largest difference, relative to values above 1.
+fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
+    let (ours, theirs) = (ours.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
+    assert_eq!(ours.size(), theirs.size());
+    ((ours - &theirs).abs() / theirs.abs().clamp_min(1.0)).max().double_value(&[])
+}
+
+/// Batch normalisation and its gradients, by the emulated kernels and by the processor's functions.
+fn compare_norm(case: Case) {
+    let wide = if case.kind == Kind::Double { Kind::Double } else { Kind::Float };
+    let shape = [case.images, case.side, case.side, case.channels];
+    let rows = case.images * case.side * case.side / case.groups;
+    let fenced = |seed, kind| Fenced::of(&(values(&shape, seed, kind) * 1.5 + 0.25), case.offset);
+    let (x, dy) = (fenced(1, case.kind), fenced(2, case.kind));
+    let weight = values(&[case.channels], 3, wide) * 0.2 + 1.0;
+    let bias = values(&[case.channels], 4, wide) * 0.3;
+    let (y, dx) = (Fenced::new(&shape, case.offset, case.kind), Fenced::new(&shape, case.offset, case.kind));
+    let stats = Fenced::new(&[case.groups, 2, case.channels], 0, Kind::Double);
+    let (dweight, dbias) = (Fenced::new(&[case.channels], 0, wide), Fenced::new(&[case.channels], 0, wide));
+    let workers = if case.exchanged { 2 } else { 1 };
+    let norm = EmulatedNorm {
+        kind: number(case.kind),
+        rows,
+        channels: case.channels,
+        groups: case.groups,
+        count: (rows * workers) as f64,
+        eps: 1e-5,
+        slope: case.slope,
+        x: x.pointer(),
+        weight: weight.data_ptr(),
+        bias: bias.data_ptr(),
+        dy: dy.pointer(),
+        sum_factor: if case.exchanged { 2.0 } else { 0.0 },
+        y: y.pointer(),
+        stats: stats.pointer(),
+        dx: dx.pointer(),
+        dweight: dweight.pointer(),
+        dbias: dbias.pointer(),
+    };
+    let emulation = emulation();
+    // SAFETY: dense memory of the sizes that the numbers say, alive until the end of this function.
+    unsafe { (emulation.norm)(&norm) };
+
+    let options = BatchNormOptions {
+        groups: case.groups,
+        images_per_group: case.images / case.groups * workers,
+        eps: 1e-5,
+        slope: case.slope,
+        reducer: case.exchanged.then(|| Arc::new(Twice) as Arc<dyn SumReducer>),
+    };
+    let nchw = |nhwc: Tensor| nhwc.permute([0, 3, 1, 2]);
+    let inputs = [nchw(x.tensor()), weight, bias].map(|tensor| tensor.detach().set_requires_grad(true));
+    let (theirs, their_stats) = torch::batch_norm(&inputs[0], &inputs[1], &inputs[2], &options).unwrap();
+    let loss = (&theirs * nchw(dy.tensor())).to_kind(Kind::Double).sum(Kind::Double);
+    torch::backward(&loss, &[&inputs[0], &inputs[1], &inputs[2]]).unwrap();
+
+    // One rounding of the result apart, and of the sums: their number of terms is in it.
+    let (element, sum) = match case.kind {
+        Kind::Double => (1e-12, 1e-11),
+        Kind::Float => (5e-6, 2e-5),
+        _ => (1.0 / 128.0, 1e-4),
+    };
+    let gradients = inputs.map(|input| input.grad());
+    for (name, ours, theirs, tolerance) in [
+        ("y", &y, nchw_to_nhwc(&theirs.detach()), element),
+        ("stats", &stats, their_stats, if wide == Kind::Double { 1e-12 } else { 2e-6 }),
+        ("dx", &dx, nchw_to_nhwc(&gradients[0]), element),
+        ("dweight", &dweight, gradients[1].shallow_clone(), sum),
+        ("dbias", &dbias, gradients[2].shallow_clone(), sum),
+    ] {
+        ours.check(name);
+        let off = difference(&ours.tensor(), &theirs);
+        assert!(off <= tolerance, "{name} is off by {off:e} in {case:?}");
+    }
+}
+
+fn nchw_to_nhwc(tensor: &Tensor) -> Tensor {
+    tensor.permute([0, 2, 3, 1]).contiguous()
+}
+
+#[test]
+fn batch_norm_kernels_agree_with_the_processor() {
+    let base = Case {
+        kind: Kind::Float,
+        images: 4,
+        side: 4,
+        channels: 8,
+        groups: 1,
+        slope: 0.2,
+        exchanged: false,
+        offset: 0,
+    };
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
+        for channels in [1, 3, 8, 12, 16, 24, 64, 96, 264, 512] {
+            for (images, side, groups) in [(4, 4, 1), (6, 5, 2), (16, 1, 2), (34, 3, 2)] {
+                let exchanged = side == 5;
+                compare_norm(Case { kind, channels, images, side, groups, exchanged, ..base });
+            }
+        }
+        // Many blocks; off its alignment; other activations.
+        compare_norm(Case { kind, images: 16, side: 32, groups: 2, ..base });
+        compare_norm(Case { kind, images: 2, side: 16, channels: 64, offset: 1, ..base });
+        compare_norm(Case { kind, images: 4, side: 16, channels: 16, slope: 0.0, exchanged: true, ..base });
+        compare_norm(Case { kind, images: 4, side: 8, channels: 24, slope: 1.0, groups: 2, ..base });
+    }
+    // SAFETY: a string of the library's that lives until the next call.
+    let used = unsafe {
+        let emulation = emulation();
+        CStr::from_ptr((emulation.kernels)()).to_str().unwrap().to_owned()
+    };
+    for kernel in ["moments", "normalize", "gradient_sums", "gradient"] {
+        for instance in ["f32_1", "f32_4", "f64_1", "f64_2", "bf16_1", "bf16_8"] {
+            let name = format!("takuma_{kernel}_{instance}");
+            assert!(used.lines().any(|line| line == name), "{name} was not tried");
+        }
+    }
+}
+
+fn emulated_guard(gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky: bool) {
+    let describe = |tensor: &&Tensor| EmulatedValues {
+        data: tensor.data_ptr(),
+        elements: tensor.numel() as i64,
+        kind: number(tensor.kind()),
+    };
+    let list: Vec<_> = gradients.iter().map(describe).collect();
+    let emulation = emulation();
+    // SAFETY: dense tensors that live through the call.
+    unsafe {
+        (emulation.guard)(
+            list.as_ptr(),
+            list.len() as i64,
+            &describe(&loss),
+            guard.frozen.data_ptr(),
+            i32::from(sticky),
+            guard.found.data_ptr(),
+            guard.index.data_ptr(),
+        );
+    }
+}
+
+#[test]
+fn guard_kernels_agree_with_the_processor() {
+    let kinds = [Kind::Float, Kind::BFloat16, Kind::Double];
+    // More than one launch's table; lengths with and without tails; the 5th is empty.
+    let gradients: Vec<Tensor> = (0..61)
+        .map(|i| {
+            let kind = kinds[i % 3];
+            let len = if i == 4 { 0 } else { 1 + (i as i64 * 37) % 211 };
+            if i % 7 == 0 {
+                values(&[len + 1], i as i64, kind).narrow(0, 1, len)
+            } else {
+                values(&[len], i as i64, kind)
+            }
+        })
+        .collect();
+    let list: Vec<&Tensor> = gradients.iter().collect();
+    let run = |what: &str, loss: &Tensor, frozen: f64, sticky: bool| -> (f64, f64, i64) {
+        let results = [emulated_guard, |gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky| {
+            torch::guard(gradients, loss, guard, sticky).unwrap();
+        }]
+        .map(|judge: fn(&[&Tensor], &Tensor, &Guard, bool)| {
+            let guard = Guard::new(Device::Cpu);
+            drop(guard.frozen.shallow_clone().fill_(frozen));
+            judge(&list, loss, &guard, sticky);
+            (guard.found.double_value(&[]), guard.frozen.double_value(&[]), guard.index.int64_value(&[]))
+        });
+        assert_eq!(results[0], results[1], "{what}");
+        results[0]
+    };
+    let fine = Tensor::from(0.5f32);
+    assert_eq!(run("nothing", &fine, 0.0, true), (0.0, 0.0, 61));
+    assert_eq!(run("frozen", &fine, 1.0, true), (1.0, 1.0, 61));
+    for (loss, kind) in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY].into_iter().zip(kinds) {
+        let loss = Tensor::from(loss).to_kind(kind);
+        assert_eq!(run("loss", &loss, 0.0, false), (1.0, 0.0, 61));
+        assert_eq!(run("loss, sticky", &loss, 0.0, true), (1.0, 1.0, 61));
+    }
+    for i in (0..61).rev().step_by(4) {
+        let len = gradients[i].numel() as i64;
+        if len == 0 {
+            continue;
+        }
+        let bad = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][i % 3];
+        // First, last, and one in between.
+        let place = [0, len - 1, len / 2][i / 3 % 3];
+        let value = gradients[i].get(place).shallow_clone();
+        let before = value.copy();
+        drop(value.shallow_clone().fill_(bad));
+        assert_eq!(run("a gradient", &fine, 0.0, true), (1.0, 1.0, i as i64));
+        assert_eq!(torch::first_not_finite(&list).unwrap(), Some(i));
+        if i % 5 != 0 {
+            value.shallow_clone().copy_(&before);
+        } else {
+            // Later ones stay: the first is named.
+            assert_eq!(run("two gradients", &fine, 0.0, false).2, i as i64);
+        }
+    }
+}
+
+#[test]
+fn statistics_kernel_equals_the_processor_to_the_bit() {
+    // More layers than one launch's table has.
+    let shapes: Vec<(i64, i64, Kind)> = (0..29)
+        .map(|i| {
+            ([8, 64, 300, 1][i % 4], 1 + i as i64 % 2, if i % 5 == 0 { Kind::Double } else { Kind::Float })
+        })
+        .collect();
+    let running = |seed| -> Vec<[Tensor; 2]> {
+        let of = |(i, &(channels, _, kind)): (usize, &(i64, i64, Kind))| {
+            [0i64, 1].map(|which| values(&[channels], seed + which + i as i64, kind) + which as f64 * 3.0)
+        };
+        shapes.iter().enumerate().map(of).collect()
+    };
+    let batch: Vec<Tensor> = (0..)
+        .zip(&shapes)
+        .map(|(i, &(channels, groups, _))| values(&[groups, 2, channels], 50 + i, Kind::Double) + 2.5)
+        .collect();
+    let elements = 4097.0;
+    for found in [None, Some(0.0f32), Some(1.0f32)] {
+        let found = found.map(Tensor::from);
+        let (ours, theirs) = (running(7), running(7));
+        let layers: Vec<_> = (0..shapes.len())
+            .map(|i| EmulatedLayer {
+                mean: ours[i][0].data_ptr(),
+                variance: ours[i][1].data_ptr(),
+                batch: batch[i].data_ptr(),
+                unbiased: elements / (elements - 1.0),
+                channels: shapes[i].0,
+                groups: shapes[i].1,
+                kind: number(shapes[i].2),
+            })
+            .collect();
+        let pointer = found.as_ref().map_or(std::ptr::null_mut(), Tensor::data_ptr);
+        let emulation = emulation();
+        // SAFETY: dense tensors that live through the call.
+        unsafe { (emulation.commit)(layers.as_ptr(), layers.len() as i64, 0.1, pointer) };
+        let of = |i: usize| RunningStatistics {
+            mean: &theirs[i][0],
+            variance: &theirs[i][1],
+            batch: &batch[i],
+            elements,
+        };
+        let layers: Vec<_> = (0..shapes.len()).map(of).collect();
+        torch::commit_statistics(&layers, 0.1, found.as_ref()).unwrap();
+        for (ours, theirs) in ours.iter().flatten().zip(theirs.iter().flatten()) {
+            assert!(ours.equal(theirs));
+        }
+    }
+}
+
+#[test]
+fn gather_kernel_equals_the_processor_to_the_bit() {
+    for (side, offset) in [(4, 0), (64, 0), (5, 0), (4, 1)] {
+        let pixels = Tensor::arange(7 * side * side * 3, (Kind::Int64, Device::Cpu)) * 37;
+        let images = pixels.to_kind(Kind::Uint8).view([7, side, side, 3]);
+        let rows = Tensor::from_slice(&[3i64, 0, 6, 6]);
+        for kind in [Kind::Float, Kind::Double, Kind::BFloat16] {
+            let ours = Fenced::new(&[4, side, side, 3], offset, kind);
+            let theirs = Fenced::new(&[4, side, side, 3], 0, kind);
+            let emulation = emulation();
+            // SAFETY: dense tensors that live through the call.
+            unsafe {
+                (emulation.gather)(
+                    images.data_ptr(),
+                    7,
+                    side * side * 3,
+                    rows.data_ptr(),
+                    4,
+                    ours.pointer(),
+                    number(kind),
+                );
+            }
+            torch::gather_images(&images, &rows, &theirs.tensor().permute([0, 3, 1, 2])).unwrap();
+            ours.check("the target");
+            assert!(ours.tensor().equal(&theirs.tensor()), "{kind:?}, side {side}, offset {offset}");
+        }
+    }
+}
+
+#[test]
+fn kernels_compile_for_gpus_old_and_new() {
+    let torch = Path::new(env!("CARGO_MANIFEST_DIR")).join("torch/cuda");
+    let text = ["kernel_types.h", "numbers.cu", "batch_norm.cu", "images.cu", "update.cu"]
+        .map(|file| std::fs::read_to_string(torch.join(file)).unwrap());
+    let source = CString::new(text.concat()).unwrap();
+    let folder = std::env::var("TAKUMA_CUDA_LIBRARIES")
+        .or_else(|_| std::env::var("LIBTORCH").map(|libtorch| format!("{libtorch}/cuda")))
+        .unwrap_or_default();
+    let folder = CString::new(folder).unwrap();
+    for architecture in [75, 90, 120] {
+        let mut log = vec![0u8; 1 << 16];
+        let emulation = emulation();
+        // SAFETY: NUL-terminated strings, and a log of the size that is given.
+        let result = unsafe {
+            (emulation.compiled)(
+                folder.as_ptr(),
+                source.as_ptr(),
+                architecture,
+                log.as_mut_ptr().cast(),
+                log.len(),
+            )
+        };
+        let log = CStr::from_bytes_until_nul(&log).unwrap().to_string_lossy();
+        if result == 2 {
+            eprintln!("SKIPPED: the kernels were not compiled for a GPU: {log}");
+            return;
+        }
+        assert_eq!(result, 0, "sm_{architecture}: {log}");
+        let spilled =
+            log.lines().any(|line| line.contains("spill") && !line.contains(" 0 bytes spill stores"));
+        assert!(!spilled, "sm_{architecture} spills registers: {log}");
+    }
+}
