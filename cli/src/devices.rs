@@ -3,7 +3,7 @@
 //! Only the worker links libtorch, so only it can say whether a GPU is usable.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Output, Stdio};
 use std::str::FromStr;
 use std::time::Duration;
@@ -182,7 +182,7 @@ pub enum Answer {
 ///
 /// # Errors
 /// It cannot be started, or does not end in time.
-pub async fn ask(path: &PathBuf, arguments: &[&str]) -> Result<Output, CliError> {
+pub async fn ask(path: &Path, arguments: &[&str]) -> Result<Output, CliError> {
     let mut command = Command::new(path);
     command.args(arguments).stdin(Stdio::null()).env("NO_COLOR", "1").kill_on_drop(true);
     let output = tokio::time::timeout(ANSWER_TIMEOUT, command.output()).await.map_err(|_| {
@@ -208,7 +208,7 @@ pub fn last_words(output: &Output) -> String {
 ///
 /// # Errors
 /// It cannot be started, fails (with its last words), or answers what is no list of devices.
-pub async fn query(path: &PathBuf) -> Result<Answer, CliError> {
+pub async fn query(path: &Path) -> Result<Answer, CliError> {
     let output = ask(path, &["devices", "--json"]).await?;
     if output.status.code() == Some(UNKNOWN_COMMAND) {
         return Ok(Answer::Unknown);

@@ -1,6 +1,6 @@
 //! What this machine has: takuma's programs, libtorch, devices, processors, memory.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use super::Check;
 use crate::devices::{self, Answer, DeviceReport, DeviceView};
@@ -52,7 +52,7 @@ fn coordinator_program() -> Check {
 }
 
 /// The worker's program, and whether it runs at all.
-async fn worker_program(path: &PathBuf) -> (Check, bool) {
+async fn worker_program(path: &Path) -> (Check, bool) {
     let own = env!("CARGO_PKG_VERSION");
     let output = match devices::ask(path, &["--version"]).await {
         Ok(output) => output,
