@@ -13,6 +13,7 @@ use takuma_store::Store;
 use crate::attach::{self, Ended};
 use crate::chaos;
 use crate::dataset;
+use crate::devices::{Device, WorkerCount, assign_here, on_devices};
 use crate::error::{CliError, Exit};
 use crate::local::{LocalCluster, LocalOptions, default_threads};
 use crate::output::{self, Tone, duration};
@@ -24,6 +25,7 @@ use crate::up::{Signals, wind_down};
 const STEPS: u64 = 150;
 /// Drawn in a second or two.
 const IMAGES: u64 = 5000;
+/// Without GPUs; and with --chaos, where one of them is killed.
 const WORKERS: u32 = 2;
 const FOLDER: &str = "takuma-demo";
 
@@ -42,9 +44,12 @@ pub struct DemoArgs {
     /// Steps to train [default: 150; with --chaos 300]
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
-    /// Workers to start
-    #[arg(long, value_name = "N", default_value_t = WORKERS, value_parser = clap::value_parser!(u32).range(1..=64))]
-    workers: u32,
+    /// Workers to start [default: one on each usable GPU; without GPUs, and with --chaos, 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    workers: Option<u32>,
+    /// What they compute on: auto (GPUs where there are any), cpu, cuda, or cuda:N for one certain GPU
+    #[arg(long, value_name = "DEVICE", env = "TAKUMA_DEVICE", default_value_t)]
+    device: Device,
     /// Where everything goes
     #[arg(long, value_name = "DIR", default_value = FOLDER)]
     dir: PathBuf,
@@ -57,6 +62,16 @@ pub struct DemoArgs {
     /// Faces to draw
     #[arg(long, value_name = "N", default_value_t = IMAGES)]
     images: u64,
+}
+
+impl DemoArgs {
+    fn worker_count(&self) -> WorkerCount {
+        match self.workers {
+            None if self.chaos => WorkerCount::Given(WORKERS),
+            None => WorkerCount::Auto,
+            Some(workers) => WorkerCount::Given(workers),
+        }
+    }
 }
 
 /// Runs `takuma demo`.
@@ -73,21 +88,26 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
     };
     let mut signals = Signals::new()?;
     let dir = std::path::absolute(&args.dir).map_err(|error| CliError::io("find the folder", error))?;
+    let devices = tokio::select! {
+        devices = assign_here(args.device, args.worker_count(), WORKERS) => devices?,
+        () = signals.next() => return Err(interrupted()),
+    };
+    let workers = u32::try_from(devices.len()).unwrap_or(u32::MAX);
     let data = tokio::select! {
         data = faces(&dir, args.images, recipe.image_size()) => data?,
         () = signals.next() => return Err(interrupted()),
     };
     let mut config = RunConfig::new(recipe, data);
     config.steps = Some(args.steps.unwrap_or(steps));
-    config.workers = Some(args.workers);
+    config.workers = Some(workers);
     config.exact = args.chaos;
     config.validate().map_err(|error| CliError::Usage(error.to_string()))?;
 
     let options = LocalOptions {
         listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         store: Store::open(&dir.join("store").display().to_string())?.url().to_owned(),
-        workers: args.workers,
-        threads: default_threads(args.workers),
+        devices,
+        threads: default_threads(workers),
         logs: dir.join("logs"),
         log_format: "text",
     };
@@ -98,9 +118,10 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
     };
     let threads = output::count(options.threads.into(), "thread");
     output::message(&format!(
-        "cluster     coordinator at {}, {} of {threads} ({:.1}s)",
+        "cluster     coordinator at {}, {} of {threads}{} ({:.1}s)",
         cluster.client().address().url,
-        output::count(args.workers.into(), "worker"),
+        output::count(workers.into(), "worker"),
+        on_devices(&options.devices),
         cluster_started.elapsed().as_secs_f64()
     ));
     if args.chaos {

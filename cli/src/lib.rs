@@ -9,6 +9,8 @@ pub mod client;
 pub mod context;
 pub mod dataset;
 pub mod demo;
+pub mod devices;
+pub mod doctor;
 pub mod error;
 pub mod json;
 pub mod local;
@@ -66,6 +68,8 @@ enum Command {
     Checkpoint(checkpoint::CheckpointArgs),
     /// List and drain the connected workers
     Worker(worker::WorkerArgs),
+    /// Look over this machine and the cluster, and say what is wrong and what to do
+    Doctor(doctor::DoctorArgs),
     /// Print the completion script of a shell
     #[command(
         after_help = "Example:\n  takuma completions bash > ~/.local/share/bash-completion/completions/takuma"
@@ -115,7 +119,7 @@ impl Command {
             Self::Up(_) => Some("up"),
             Self::Dataset(_) => Some("dataset"),
             Self::Completions { .. } => Some("completions"),
-            Self::Run(_) | Self::Sample(_) | Self::Checkpoint(_) | Self::Worker(_) => None,
+            Self::Run(_) | Self::Sample(_) | Self::Checkpoint(_) | Self::Worker(_) | Self::Doctor(_) => None,
         }
     }
 }
@@ -125,6 +129,7 @@ impl Cli {
         match &self.command {
             Command::Dataset(args) => args.endpoint(),
             Command::Up(args) => args.endpoint(),
+            Command::Doctor(args) => args.endpoint(),
             _ => None,
         }
     }
@@ -143,6 +148,7 @@ impl Cli {
             Command::Sample(args) => sample::run(args, at).await,
             Command::Checkpoint(args) => checkpoint::run(args, at).await,
             Command::Worker(args) => worker::run(args, at).await,
+            Command::Doctor(args) => doctor::run(args, at).await,
             Command::Completions { shell } => completions(shell),
         }
     }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::client::Client;
 use crate::context::Address;
+use crate::devices::Device;
 use crate::error::CliError;
 
 /// The coordinator reads its store before it listens; a slow one answers within 30 s or not at all.
@@ -41,8 +42,8 @@ pub struct LocalOptions {
     pub listen: SocketAddr,
     /// URL of the store.
     pub store: String,
-    /// How many workers.
-    pub workers: u32,
+    /// The workers, by what each computes on: worker-1 first.
+    pub devices: Vec<Device>,
     /// Compute threads of each.
     pub threads: u32,
     /// Folder of the children's logs.
@@ -105,7 +106,7 @@ impl LocalCluster {
         let (coordinator, listens) = start_coordinator(options, options.listen).await?;
         let address = Address::parse(&reachable(listens).to_string(), "started here")?;
         let mut workers = Vec::new();
-        for number in 1..=options.workers {
+        for number in 1..=options.devices.len() {
             workers.push(start_worker(options, &format!("worker-{number}"), &address.url)?);
         }
         let (client, _) = Client::connect(address).await?;
@@ -300,7 +301,11 @@ fn tail(log: &Path) -> Vec<String> {
         .collect()
 }
 
-fn find(program: &str) -> Result<PathBuf, CliError> {
+/// Where a program of takuma's own is.
+///
+/// # Errors
+/// It is not there.
+pub fn find(program: &str) -> Result<PathBuf, CliError> {
     let folder = match std::env::var_os(BIN_DIR_VARIABLE) {
         Some(folder) => PathBuf::from(folder),
         None => {
@@ -384,9 +389,22 @@ async fn start_coordinator(
 
 fn start_worker(options: &LocalOptions, name: &str, coordinator: &str) -> Result<Member, CliError> {
     let mut command = Command::new(find("takuma-worker")?);
+    match device_of(options, name) {
+        // What the worker does by itself.
+        Device::Auto => {}
+        device => {
+            command.args(["--device", &device.to_string()]);
+        }
+    }
     command.args(["--coordinator", coordinator, "--name", name, "--threads", &options.threads.to_string()]);
     command.args(["--listen", "127.0.0.1:0", "--log-format", options.log_format]);
     spawn(name.to_owned(), command, &options.logs)
+}
+
+/// What the worker of that name computes on. One that comes in place of another takes its device over.
+fn device_of(options: &LocalOptions, name: &str) -> Device {
+    let number = name.strip_prefix("worker-").and_then(|number| number.parse::<usize>().ok());
+    number.and_then(|number| options.devices.get(number.checked_sub(1)?).copied()).unwrap_or_default()
 }
 
 async fn wait_for_address(coordinator: &mut Member, file: &Path) -> Result<SocketAddr, CliError> {
@@ -449,6 +467,20 @@ mod tests {
     fn listener_on_all_addresses_is_reached_over_loopback() {
         assert_eq!(reachable("0.0.0.0:7070".parse().unwrap()).to_string(), "127.0.0.1:7070");
         assert_eq!(reachable("10.0.0.2:1".parse().unwrap()).to_string(), "10.0.0.2:1");
+    }
+
+    #[test]
+    fn worker_that_is_started_again_gets_the_device_that_it_had() {
+        let options = LocalOptions {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            store: String::new(),
+            devices: vec![Device::Cuda(Some(0)), Device::Cuda(Some(3))],
+            threads: 1,
+            logs: PathBuf::new(),
+            log_format: "text",
+        };
+        let devices = ["worker-1", "worker-2", "worker-3", "other"].map(|name| device_of(&options, name));
+        assert_eq!(devices, [Device::Cuda(Some(0)), Device::Cuda(Some(3)), Device::Auto, Device::Auto]);
     }
 
     #[test]

@@ -12,8 +12,9 @@ use crate::attach::Watch;
 use crate::client::{Client, has_ended};
 use crate::context::{Context, DEFAULT_LISTEN};
 use crate::dataset::EndpointArgs;
+use crate::devices::{Device, WorkerCount, assign_here, on_devices};
 use crate::error::{CliError, Exit};
-use crate::local::{LocalCluster, LocalOptions, default_threads};
+use crate::local::{LocalCluster, LocalOptions, default_threads, find};
 use crate::output::{self, Tone};
 use crate::progress::Screen;
 
@@ -23,6 +24,8 @@ const RUN_STOP_TIMEOUT: Duration = Duration::from_secs(60);
 /// A child that dies so often within so long is not started again: the cause will not go away by itself.
 const MAX_DEATHS: usize = 4;
 const DEATHS_WITHIN: Duration = Duration::from_secs(60);
+/// Workers on a machine without GPUs: one takes all cores.
+const USUAL_WORKERS: u32 = 1;
 /// Before a child that could not be started is tried again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
@@ -33,12 +36,16 @@ Stays in the foreground, and starts again whatever dies. Ctrl-C stops a running 
 Later commands find this coordinator by themselves.
 
 Examples:
-  takuma up --workers 2
+  takuma up                                 one worker, or one a GPU
+  takuma up --workers 2 --device cpu
   takuma up --store s3://bucket/takuma --endpoint http://127.0.0.1:9000")]
 pub struct UpArgs {
-    /// Workers to start
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
-    workers: u32,
+    /// Workers to start: a number, or auto for one on each usable GPU, and 1 without GPUs
+    #[arg(long, value_name = "N", default_value_t)]
+    workers: WorkerCount,
+    /// What they compute on: auto (GPUs where there are any), cpu, cuda, or cuda:N for one certain GPU
+    #[arg(long, value_name = "DEVICE", env = "TAKUMA_DEVICE", default_value_t)]
+    device: Device,
     /// Compute threads of each worker [default: the machine's cores over the workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     threads: Option<u32>,
@@ -84,18 +91,25 @@ pub async fn run(args: UpArgs) -> Result<Exit, CliError> {
     };
     let state = folders.state_dir().unwrap_or(folders.data_local_dir());
     let logs: PathBuf = state.join("logs").join(args.listen.to_string().replace([':', '[', ']'], "-"));
+    // Before the worker is asked anything: what is missing altogether is told first.
+    find("takuma-coordinator")?;
+    let devices = tokio::select! {
+        devices = assign_here(args.device, args.workers, USUAL_WORKERS) => devices?,
+        () = signals.next() => return Err(CliError::Interrupted("interrupted before anything was started".to_owned())),
+    };
+    let workers = u32::try_from(devices.len()).unwrap_or(u32::MAX);
     let options = LocalOptions {
         listen: args.listen,
         store: store.url().to_owned(),
-        workers: args.workers,
-        threads: args.threads.unwrap_or_else(|| default_threads(args.workers)),
+        devices,
+        threads: args.threads.unwrap_or_else(|| default_threads(workers)),
         logs,
         log_format: match args.log_format {
             LogFormat::Text => "text",
             LogFormat::Json => "json",
         },
     };
-    output::message(&format!("starting a coordinator and {}", output::count(args.workers.into(), "worker")));
+    output::message(&format!("starting a coordinator and {}", output::count(workers.into(), "worker")));
     let cluster = tokio::select! {
         started = LocalCluster::start(&options) => started?,
         () = signals.next() => return Err(CliError::Interrupted("interrupted before everything was up".to_owned())),
@@ -121,7 +135,7 @@ fn summary(cluster: &LocalCluster, options: &LocalOptions) -> Result<(), CliErro
     let threads = output::count(options.threads.into(), "thread");
     for (key, value) in [
         ("coordinator", cluster.client().address().url.clone()),
-        ("workers", format!("{} of {threads}", options.workers)),
+        ("workers", format!("{} of {threads}{}", options.devices.len(), on_devices(&options.devices))),
         ("store", options.store.clone()),
         ("logs", options.logs.display().to_string()),
     ] {
