@@ -85,7 +85,7 @@ fn cuda_library(libtorch: &Path, include: &Path) {
     let headers =
         env::var_os("TAKUMA_CUDA_INCLUDE").map_or_else(|| libtorch.join("cuda-include"), PathBuf::from);
     println!("cargo:rerun-if-changed={}", headers.display());
-    println!("cargo:rustc-env=TAKUMA_CUDA_LIBRARIES={}", libtorch.join("cuda").display());
+    println!("cargo:rustc-env=TAKUMA_BUILT_CUDA_LIBRARIES={}", libtorch.join("cuda").display());
     if !headers.join("cuda_runtime_api.h").is_file() {
         println!(
             "cargo:warning=no CUDA headers in {}: the worker is built for the processor alone",

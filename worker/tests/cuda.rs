@@ -1,5 +1,6 @@
 //! Loading CUDA, in a process of its own: libtorch decides once whether it has it.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
+#![allow(clippy::print_stderr, reason = "what is skipped is said")]
 
 use std::path::PathBuf;
 

@@ -108,7 +108,7 @@ fn candidates(folders: &[PathBuf]) -> Vec<PathBuf> {
     let program = std::env::current_exe().ok();
     let beside = program.as_deref().and_then(Path::parent);
     let own = beside.into_iter().flat_map(|folder| [folder.join("../lib/takuma"), folder.to_owned()]);
-    let build = option_env!("TAKUMA_CUDA_LIBRARIES").map(PathBuf::from);
+    let build = option_env!("TAKUMA_BUILT_CUDA_LIBRARIES").map(PathBuf::from);
     folders.iter().cloned().chain(own).chain(build).collect()
 }
 

@@ -1,171 +1,16 @@
 //! takuma's CUDA kernels against the processor's functions, without a GPU: their text is compiled as C++
-//! (`emulation/emulate.cpp`) and launched by the plans that launch it on a GPU.
+//! (`emulate.cpp`) and launched by the plans that launch it on a GPU.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString};
 use std::path::Path;
-use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
 
+use emulation::{EmulatedLayer, EmulatedNorm, EmulatedValues, Fenced, emulation, number, values};
 use takuma_worker::torch::{self, BatchNormOptions, Guard, RunningStatistics, SumReducer};
 use tch::{Device, Kind, Tensor};
 
-#[repr(C)]
-struct EmulatedNorm {
-    kind: i64,
-    rows: i64,
-    channels: i64,
-    groups: i64,
-    count: f64,
-    eps: f64,
-    slope: f64,
-    x: *const c_void,
-    weight: *const c_void,
-    bias: *const c_void,
-    dy: *const c_void,
-    sum_factor: f64,
-    y: *mut c_void,
-    stats: *mut c_void,
-    dx: *mut c_void,
-    dweight: *mut c_void,
-    dbias: *mut c_void,
-}
-
-#[repr(C)]
-struct EmulatedValues {
-    data: *const c_void,
-    elements: i64,
-    kind: i64,
-}
-
-#[repr(C)]
-struct EmulatedLayer {
-    mean: *mut c_void,
-    variance: *mut c_void,
-    batch: *const c_void,
-    unbiased: f64,
-    channels: i64,
-    groups: i64,
-    kind: i64,
-}
-
-/// The emulation's functions. One caller at a time: a GPU's threads are globals there.
-struct Emulation {
-    norm: unsafe extern "C" fn(*const EmulatedNorm),
-    guard: unsafe extern "C" fn(
-        *const EmulatedValues,
-        i64,
-        *const EmulatedValues,
-        *mut c_void,
-        i32,
-        *mut c_void,
-        *mut c_void,
-    ),
-    commit: unsafe extern "C" fn(*const EmulatedLayer, i64, f64, *const c_void),
-    gather: unsafe extern "C" fn(*const c_void, i64, i64, *const c_void, i64, *mut c_void, i64),
-    kernels: unsafe extern "C" fn() -> *const c_char,
-    compiled: unsafe extern "C" fn(*const c_char, *const c_char, i32, *mut c_char, usize) -> i32,
-}
-
-fn emulation() -> MutexGuard<'static, Emulation> {
-    static EMULATION: OnceLock<Mutex<Emulation>> = OnceLock::new();
-    EMULATION.get_or_init(|| Mutex::new(Emulation::build())).lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Emulation {
-    fn build() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let library = folder.path().join("libemulation.so");
-        let worker = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let status = Command::new(std::env::var_os("CXX").unwrap_or_else(|| "c++".into()))
-            .args(["-std=c++17", "-O2", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-I"])
-            .arg(worker.join("torch/cuda"))
-            .arg(worker.join("tests/emulation/emulate.cpp"))
-            .args(["plan.cpp", "nvrtc.cpp"].map(|file| worker.join("torch/cuda").join(file)))
-            .arg("-o")
-            .arg(&library)
-            .arg("-ldl")
-            .status()
-            .unwrap();
-        assert!(status.success(), "the kernels do not compile as C++");
-        let path = CString::new(library.to_str().unwrap()).unwrap();
-        // SAFETY: the library was just built from this repository; each name has the type it is given here.
-        unsafe {
-            let open = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
-            assert!(!open.is_null(), "{:?}", CStr::from_ptr(libc::dlerror()));
-            let symbol = |name: &CStr| {
-                let found = libc::dlsym(open, name.as_ptr());
-                assert!(!found.is_null(), "{name:?}");
-                found
-            };
-            Self {
-                norm: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_norm")),
-                guard: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_guard")),
-                commit: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_commit")),
-                gather: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_gather")),
-                kernels: std::mem::transmute::<*mut c_void, _>(symbol(c"emulated_kernels")),
-                compiled: std::mem::transmute::<*mut c_void, _>(symbol(c"compiled")),
-            }
-        }
-    }
-}
-
-/// As in `torch/cuda/kernel_types.h`.
-fn number(kind: Kind) -> i64 {
-    match kind {
-        Kind::Float => 0,
-        Kind::Double => 1,
-        Kind::BFloat16 => 2,
-        other => panic!("no kernel takes {other:?}"),
-    }
-}
-
-/// Values that spread around 0, the same in each run.
-fn values(shape: &[i64], seed: i64, kind: Kind) -> Tensor {
-    let len: i64 = shape.iter().product();
-    let at = Tensor::arange(len, (Kind::Double, Device::Cpu)) + (seed * 1013) as f64;
-    ((&at * 12.9898).sin() + (&at * 0.711).cos()).to_kind(kind).view(shape)
-}
-
-/// A dense tensor `offset` elements into its memory and with some behind its end, all of that 77.
-struct Fenced {
-    memory: Tensor,
-    offset: i64,
-    shape: Vec<i64>,
-}
-
-impl Fenced {
-    const FENCE: i64 = 64;
-
-    fn new(shape: &[i64], offset: i64, kind: Kind) -> Self {
-        let len: i64 = shape.iter().product();
-        let memory = Tensor::full([offset + len + Self::FENCE], 77.0, (kind, Device::Cpu));
-        Self { memory, offset, shape: shape.to_owned() }
-    }
-
-    fn of(values: &Tensor, offset: i64) -> Self {
-        let fenced = Self::new(&values.size(), offset, values.kind());
-        fenced.tensor().copy_(values);
-        fenced
-    }
-
-    fn tensor(&self) -> Tensor {
-        let len = self.shape.iter().product();
-        self.memory.narrow(0, self.offset, len).view(self.shape.as_slice())
-    }
-
-    fn pointer(&self) -> *mut c_void {
-        self.tensor().data_ptr()
-    }
-
-    fn check(&self, name: &str) {
-        let len: i64 = self.shape.iter().product();
-        for (first, count) in [(0, self.offset), (self.offset + len, Self::FENCE)] {
-            let rest = self.memory.narrow(0, first, count);
-            assert_eq!(rest.ne(77.0).sum(Kind::Int64).int64_value(&[]), 0, "{name} was left");
-        }
-    }
-}
+mod emulation;
 
 /// Another worker with the same batch.
 struct Twice;
@@ -197,71 +42,112 @@ fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
     ((ours - &theirs).abs() / theirs.abs().clamp_min(1.0)).max().double_value(&[])
 }
 
-/// Batch normalisation and its gradients, by the emulated kernels and by the processor's functions.
+/// What batch normalisation made, channels last.
+struct Results {
+    y: Tensor,
+    stats: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+}
+
+impl Case {
+    /// The type of sums, weights and biases.
+    fn wide(&self) -> Kind {
+        if self.kind == Kind::Double { Kind::Double } else { Kind::Float }
+    }
+
+    fn workers(&self) -> i64 {
+        if self.exchanged { 2 } else { 1 }
+    }
+
+    fn shape_nhwc(&self) -> [i64; 4] {
+        [self.images, self.side, self.side, self.channels]
+    }
+
+    fn weight_and_bias(&self) -> [Tensor; 2] {
+        let of = |seed| values(&[self.channels], seed, self.wide());
+        [of(3) * 0.2 + 1.0, of(4) * 0.3]
+    }
+
+    /// By the emulated kernels.
+    fn emulate(&self, x: &Fenced, dy: &Fenced) -> Results {
+        let [weight, bias] = self.weight_and_bias();
+        let new = |shape: &[i64], kind| Fenced::new(shape, 0, kind);
+        let image = || Fenced::new(&self.shape_nhwc(), self.offset, self.kind);
+        let (y, dx) = (image(), image());
+        let stats = new(&[self.groups, 2, self.channels], Kind::Double);
+        let (dweight, dbias) = (new(&[self.channels], self.wide()), new(&[self.channels], self.wide()));
+        let rows = self.images * self.side * self.side / self.groups;
+        let norm = EmulatedNorm {
+            kind: number(self.kind),
+            rows,
+            channels: self.channels,
+            groups: self.groups,
+            count: (rows * self.workers()) as f64,
+            eps: 1e-5,
+            slope: self.slope,
+            x: x.pointer(),
+            weight: weight.data_ptr(),
+            bias: bias.data_ptr(),
+            dy: dy.pointer(),
+            sum_factor: if self.exchanged { 2.0 } else { 0.0 },
+            y: y.pointer(),
+            stats: stats.pointer(),
+            dx: dx.pointer(),
+            dweight: dweight.pointer(),
+            dbias: dbias.pointer(),
+        };
+        // SAFETY: dense memory of the sizes that the numbers say, alive until the end of this function.
+        unsafe { (emulation().norm)(&norm) };
+        let [y, stats, dx, dweight, dbias] = [y, stats, dx, dweight, dbias].map(|fenced| {
+            fenced.check(&format!("{self:?}"));
+            fenced.tensor()
+        });
+        Results { y, stats, dx, dweight, dbias }
+    }
+
+    /// By the processor's functions.
+    fn compute(&self, x: &Tensor, dy: &Tensor) -> Results {
+        let options = BatchNormOptions {
+            groups: self.groups,
+            images_per_group: self.images / self.groups * self.workers(),
+            eps: 1e-5,
+            slope: self.slope,
+            reducer: self.exchanged.then(|| Arc::new(Twice) as Arc<dyn SumReducer>),
+        };
+        let [weight, bias] = self.weight_and_bias();
+        let leaves =
+            [x.permute([0, 3, 1, 2]), weight, bias].map(|leaf| leaf.detach().set_requires_grad(true));
+        let (y, stats) = torch::batch_norm(&leaves[0], &leaves[1], &leaves[2], &options).unwrap();
+        let loss = (&y * dy.permute([0, 3, 1, 2])).to_kind(Kind::Double).sum(Kind::Double);
+        torch::backward(&loss, &leaves.each_ref()).unwrap();
+        let [dx, dweight, dbias] = leaves.map(|leaf| leaf.grad());
+        Results { y: nchw_to_nhwc(&y.detach()), stats, dx: nchw_to_nhwc(&dx), dweight, dbias }
+    }
+}
+
+/// Batch normalisation and its gradients both ways.
 fn compare_norm(case: Case) {
-    let wide = if case.kind == Kind::Double { Kind::Double } else { Kind::Float };
-    let shape = [case.images, case.side, case.side, case.channels];
-    let rows = case.images * case.side * case.side / case.groups;
-    let fenced = |seed, kind| Fenced::of(&(values(&shape, seed, kind) * 1.5 + 0.25), case.offset);
-    let (x, dy) = (fenced(1, case.kind), fenced(2, case.kind));
-    let weight = values(&[case.channels], 3, wide) * 0.2 + 1.0;
-    let bias = values(&[case.channels], 4, wide) * 0.3;
-    let (y, dx) = (Fenced::new(&shape, case.offset, case.kind), Fenced::new(&shape, case.offset, case.kind));
-    let stats = Fenced::new(&[case.groups, 2, case.channels], 0, Kind::Double);
-    let (dweight, dbias) = (Fenced::new(&[case.channels], 0, wide), Fenced::new(&[case.channels], 0, wide));
-    let workers = if case.exchanged { 2 } else { 1 };
-    let norm = EmulatedNorm {
-        kind: number(case.kind),
-        rows,
-        channels: case.channels,
-        groups: case.groups,
-        count: (rows * workers) as f64,
-        eps: 1e-5,
-        slope: case.slope,
-        x: x.pointer(),
-        weight: weight.data_ptr(),
-        bias: bias.data_ptr(),
-        dy: dy.pointer(),
-        sum_factor: if case.exchanged { 2.0 } else { 0.0 },
-        y: y.pointer(),
-        stats: stats.pointer(),
-        dx: dx.pointer(),
-        dweight: dweight.pointer(),
-        dbias: dbias.pointer(),
-    };
-    let emulation = emulation();
-    // SAFETY: dense memory of the sizes that the numbers say, alive until the end of this function.
-    unsafe { (emulation.norm)(&norm) };
-
-    let options = BatchNormOptions {
-        groups: case.groups,
-        images_per_group: case.images / case.groups * workers,
-        eps: 1e-5,
-        slope: case.slope,
-        reducer: case.exchanged.then(|| Arc::new(Twice) as Arc<dyn SumReducer>),
-    };
-    let nchw = |nhwc: Tensor| nhwc.permute([0, 3, 1, 2]);
-    let inputs = [nchw(x.tensor()), weight, bias].map(|tensor| tensor.detach().set_requires_grad(true));
-    let (theirs, their_stats) = torch::batch_norm(&inputs[0], &inputs[1], &inputs[2], &options).unwrap();
-    let loss = (&theirs * nchw(dy.tensor())).to_kind(Kind::Double).sum(Kind::Double);
-    torch::backward(&loss, &[&inputs[0], &inputs[1], &inputs[2]]).unwrap();
-
+    let image = |seed| Fenced::of(&(values(&case.shape_nhwc(), seed, case.kind) * 1.5 + 0.25), case.offset);
+    let (x, dy) = (image(1), image(2));
+    let ours = case.emulate(&x, &dy);
+    let theirs = case.compute(&x.tensor(), &dy.tensor());
     // One rounding of the result apart, and of the sums: their number of terms is in it.
     let (element, sum) = match case.kind {
         Kind::Double => (1e-12, 1e-11),
         Kind::Float => (5e-6, 2e-5),
         _ => (1.0 / 128.0, 1e-4),
     };
-    let gradients = inputs.map(|input| input.grad());
+    let statistic = if case.kind == Kind::Double { 1e-12 } else { 2e-6 };
     for (name, ours, theirs, tolerance) in [
-        ("y", &y, nchw_to_nhwc(&theirs.detach()), element),
-        ("stats", &stats, their_stats, if wide == Kind::Double { 1e-12 } else { 2e-6 }),
-        ("dx", &dx, nchw_to_nhwc(&gradients[0]), element),
-        ("dweight", &dweight, gradients[1].shallow_clone(), sum),
-        ("dbias", &dbias, gradients[2].shallow_clone(), sum),
+        ("y", &ours.y, &theirs.y, element),
+        ("stats", &ours.stats, &theirs.stats, statistic),
+        ("dx", &ours.dx, &theirs.dx, element),
+        ("dweight", &ours.dweight, &theirs.dweight, sum),
+        ("dbias", &ours.dbias, &theirs.dbias, sum),
     ] {
-        ours.check(name);
-        let off = difference(&ours.tensor(), &theirs);
+        let off = difference(ours, theirs);
         assert!(off <= tolerance, "{name} is off by {off:e} in {case:?}");
     }
 }
