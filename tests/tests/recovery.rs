@@ -262,7 +262,7 @@ fn a_run_rolls_back_before_a_number_that_is_none_and_passes_over_its_step() {
 fn worker_that_hands_over_whole_steps_trains_the_same_and_takes_others_in() {
     let folder = TempDir::new().unwrap();
     let store = format!("file://{}/store", folder.path().display());
-    let environment = vec![("TAKUMA_RUN_AHEAD", "1".to_owned())];
+    let environment = vec![("TAKUMA_WHOLE_STEPS", "1".to_owned())];
     let mut cluster = Cluster::over(folder, store, environment, 1);
     submit(&cluster, "ahead", 45, &[]);
     is_whole(&cluster, "ahead", 45);
@@ -273,6 +273,8 @@ fn worker_that_hands_over_whole_steps_trains_the_same_and_takes_others_in() {
     submit(&undisturbed, "waited", 45, &[]);
     is_whole(&undisturbed, "waited", 45);
     assert_eq!(digest(&cluster, "ahead"), digest(&undisturbed, "waited"));
+    let whole = |cluster: &mut Cluster| cluster.worker("worker-1").log().matches("whole steps").count();
+    assert!(whole(&mut cluster) > 0, "it was alone and handed them over");
 
     submit(&cluster, "joined", 120, &["--workers", "2"]);
     cluster.add_worker_now("worker-2");
@@ -283,6 +285,7 @@ fn worker_that_hands_over_whole_steps_trains_the_same_and_takes_others_in() {
     });
     let step = cluster.json(&["run", "show", "joined", "-o", "json"])["step"].as_u64().unwrap();
     cluster.wait_for_step("joined", step + 5);
+    assert!(whole(&mut cluster) > 1, "it was alone again");
     cluster.add_worker_now("worker-3");
     wait_for("the third worker", || {
         let view = cluster.json(&["run", "show", "joined", "-o", "json"]);

@@ -144,7 +144,6 @@ impl BatchNorm {
         self.batches.f_copy_(&buffers[2])?;
         Ok(())
     }
-
 }
 
 impl NormUpdates {

@@ -82,7 +82,10 @@ pub(super) struct Ahead {
     /// f64 `[3, NUMBERS]`, on the device.
     numbers: Tensor,
     graph: Option<Graph>,
+    /// Steps without a graph so far.
     steps: u32,
+    /// A step could not be captured, and will not be tried again.
+    has_no_graph: bool,
 }
 
 impl Ahead {
@@ -101,6 +104,7 @@ impl Ahead {
             numbers: Tensor::zeros([Phase::ALL.len() as i64, NUMBERS], (Kind::Double, device)),
             graph: None,
             steps: 0,
+            has_no_graph: !device.is_cuda(),
         }
     }
 
@@ -177,7 +181,8 @@ impl Dcgan {
     /// # Errors
     /// libtorch's, or that no step was handed over yet.
     pub fn replay(&mut self) -> Result<(), TorchError> {
-        let nothing = || TorchError { operation: "a replay", message: "no step was handed over yet".to_owned() };
+        let nothing =
+            || TorchError { operation: "a replay", message: "no step was handed over yet".to_owned() };
         let mut ahead = self.ahead.take().ok_or_else(nothing)?;
         let launched = self.launch(&mut ahead);
         self.ahead = Some(ahead);
@@ -199,14 +204,23 @@ impl Dcgan {
         if let Some(graph) = &mut ahead.graph {
             return graph.replay();
         }
-        if ahead.steps < WARM_UP_STEPS || !ahead.numbers.device().is_cuda() {
-            ahead.steps += 1;
-            return self.iterate(ahead);
+        if !ahead.has_no_graph && ahead.steps >= WARM_UP_STEPS {
+            match Graph::capture(|| self.iterate(ahead)) {
+                Ok(mut graph) => {
+                    graph.replay()?;
+                    ahead.graph = Some(graph);
+                    return Ok(());
+                }
+                // Nothing of it has run, so the step can still be computed.
+                Err(error) => {
+                    tracing::warn!("steps run kernel by kernel, several times slower: {error}");
+                    ahead.has_no_graph = true;
+                    self.clear(Phase::G2)?;
+                }
+            }
         }
-        let mut graph = Graph::capture(|| self.iterate(ahead))?;
-        graph.replay()?;
-        ahead.graph = Some(graph);
-        Ok(())
+        ahead.steps += 1;
+        self.iterate(ahead)
     }
 
     /// The three phases, without a look at any number.

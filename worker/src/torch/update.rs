@@ -40,12 +40,6 @@ impl Guard {
             index: Tensor::zeros([], (Kind::Int64, device)),
         }
     }
-
-    /// A guard with results of its own and this one's `frozen`.
-    #[must_use]
-    pub fn sharing_frozen(&self) -> Self {
-        Self { frozen: self.frozen.shallow_clone(), ..Self::new(self.frozen.device()) }
-    }
 }
 
 /// Judges an update on the device: `guard.found` becomes 1 if `loss` or any gradient is infinite or not a

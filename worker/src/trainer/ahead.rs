@@ -41,6 +41,7 @@ impl Trainer {
     pub(super) fn train_ahead(&mut self, commands: &Receiver<Command>) -> Result<Option<End>, JobError> {
         let mut pending = VecDeque::new();
         let mut next = self.position().0;
+        tracing::info!("alone, so whole steps are handed over from step {} on", next + 1);
         loop {
             self.listen(commands);
             let is_wanted = self.now.is_none() && self.ready_for() == 0 && next < self.parts.target_steps;
@@ -94,4 +95,3 @@ impl Trainer {
         self.finish_step(step, [since.elapsed().as_secs_f64(), data_s], fed)
     }
 }
-

@@ -86,7 +86,8 @@ mod tests {
         use takuma_core::ids::{Generation, Rank};
 
         let listeners = [0, 1].map(|_| RingListener::bind("127.0.0.1:0").unwrap());
-        let members: Vec<String> = listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
+        let members: Vec<String> =
+            listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
         let join = |rank: u32| {
             let config = RingConfig::new("test", Rank(rank), Generation(1), members.clone());
             let ring = Ring::connect(&listeners[rank as usize], config).unwrap();

@@ -40,7 +40,7 @@ const STEPS_TO_KNOW: u64 = 5;
 const MAX_SKIPPED_PHASES_IN_A_ROW: u32 = 10 * Phase::ALL.len() as u32;
 
 /// Set by tests: a CPU takes whole steps at once like a GPU does.
-const RUN_AHEAD_VARIABLE: &str = "TAKUMA_RUN_AHEAD";
+const WHOLE_STEPS_VARIABLE: &str = "TAKUMA_WHOLE_STEPS";
 
 /// What a trainer is made of.
 pub struct Parts {
@@ -131,7 +131,7 @@ impl Trainer {
         }
         let samples = Samples::new(&parts.config, parts.spool.clone());
         Ok(Self {
-            runs_ahead: parts.device.is_cuda() || std::env::var_os(RUN_AHEAD_VARIABLE).is_some(),
+            runs_ahead: parts.device.is_cuda() || std::env::var_os(WHOLE_STEPS_VARIABLE).is_some(),
             settled_at: None,
             meeting: Meeting::new(parts.device),
             parts,
@@ -344,13 +344,7 @@ impl Trainer {
     }
 
     /// One phase. Its votes are summed whether there is an update in it or not.
-    fn update(
-        &mut self,
-        batch: &Batch,
-        phase: Phase,
-        step: u64,
-        votes: &mut [f64],
-    ) -> Result<(), JobError> {
+    fn update(&mut self, batch: &Batch, phase: Phase, step: u64, votes: &mut [f64]) -> Result<(), JobError> {
         if self.parts.passed_over.contains(&(step + 1)) {
             self.exchange.wait(|collective| collective.all_reduce_f64(votes))?;
             self.leave_out(format!("no update in phase {phase}: the step is passed over"));

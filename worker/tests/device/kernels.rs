@@ -2,8 +2,8 @@
 
 use takuma_worker::torch::cuda::Precision;
 use takuma_worker::torch::{
-    self, AdamOptions, AdamTensors, BatchNormOptions, Guard, RunningStatistics, batch_norm, commit_statistics,
-    first_not_finite, fused_adam, gather_images,
+    self, AdamOptions, AdamTensors, BatchNormOptions, Guard, RunningStatistics, batch_norm,
+    commit_statistics, first_not_finite, fused_adam, gather_images,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -11,8 +11,10 @@ use super::{gpu, row};
 
 /// Largest difference over the largest value of `expected`.
 pub fn off(found: &Tensor, expected: &Tensor) -> f64 {
-    let (found, expected) =
-        (found.to_device(Device::Cpu).to_kind(Kind::Double), expected.to_device(Device::Cpu).to_kind(Kind::Double));
+    let (found, expected) = (
+        found.to_device(Device::Cpu).to_kind(Kind::Double),
+        expected.to_device(Device::Cpu).to_kind(Kind::Double),
+    );
     let scale = expected.abs().max().double_value(&[]).max(1e-30);
     let off = (found - expected).abs().max().double_value(&[]) / scale;
     // A NaN passes no comparison, and must not pass for a small difference either.
@@ -25,7 +27,14 @@ fn images(size: [i64; 4], kind: Kind) -> Tensor {
 }
 
 /// y, statistics, and the gradients of x, weight and bias.
-fn normalised(x: &Tensor, weight: &Tensor, bias: &Tensor, dy: &Tensor, groups: i64, slope: f64) -> [Tensor; 5] {
+fn normalised(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    dy: &Tensor,
+    groups: i64,
+    slope: f64,
+) -> [Tensor; 5] {
     let [x, weight, bias] = [x, weight, bias].map(|tensor| tensor.detach().copy().set_requires_grad(true));
     let options =
         BatchNormOptions { groups, images_per_group: x.size()[0] / groups, eps: 1e-5, slope, reducer: None };
@@ -55,7 +64,10 @@ fn batch_norm_agrees_with_the_processor() {
                 let again = normalised(&x, &weight, &bias, &dy, groups, slope);
                 for (place, (found, expected)) in found.iter().zip(&expected).enumerate() {
                     let off = off(found, expected);
-                    assert!(off < tolerance, "{kind:?} [{n}, {c}, {side}] in {groups}, slope {slope}, {place}: {off}");
+                    assert!(
+                        off < tolerance,
+                        "{kind:?} [{n}, {c}, {side}] in {groups}, slope {slope}, {place}: {off}"
+                    );
                     assert!(found.equal(&again[place]), "the same bits again");
                     if kind == Kind::Float {
                         worst = worst.max(off);
@@ -118,13 +130,21 @@ fn adam_and_running_statistics_agree_with_the_processor() {
         let zeros: Vec<Vec<_>> = (0..2).map(|_| params.iter().map(Tensor::zeros_like).collect()).collect();
         let steps: Vec<_> = params.iter().map(|_| Tensor::zeros([], (Kind::Float, device))).collect();
         let found = Tensor::from(found as f32).to_device(device);
-        let [p, g, m, v, s] = [&params, &grads, &zeros[0], &zeros[1], &steps].map(|list| list.iter().collect::<Vec<_>>());
-        let tensors =
-            AdamTensors { params: &p, grads: &g, exp_avgs: &m, exp_avg_sqs: &v, steps: &s, found_inf: Some(&found) };
+        let [p, g, m, v, s] =
+            [&params, &grads, &zeros[0], &zeros[1], &steps].map(|list| list.iter().collect::<Vec<_>>());
+        let tensors = AdamTensors {
+            params: &p,
+            grads: &g,
+            exp_avgs: &m,
+            exp_avg_sqs: &v,
+            steps: &s,
+            found_inf: Some(&found),
+        };
         for _ in 0..3 {
             fused_adam(&tensors, options).unwrap();
         }
-        let (mean, variance) = (on(&stats.get(0).get(0)).to_kind(Kind::Float), on(&stats.get(1).get(1)).to_kind(Kind::Float));
+        let (mean, variance) =
+            (on(&stats.get(0).get(0)).to_kind(Kind::Float), on(&stats.get(1).get(1)).to_kind(Kind::Float));
         let batch = on(&stats);
         let layer = RunningStatistics { mean: &mean, variance: &variance, batch: &batch, elements: 4096.0 };
         commit_statistics(&[layer], 0.1, Some(&found)).unwrap();

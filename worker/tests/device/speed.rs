@@ -30,9 +30,13 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// Milliseconds a step that is waited for phase by phase.
 fn by_phase(net: &mut Dcgan, feed: &mut Feed) -> f64 {
     let batch = feed.batch(0).unwrap();
-    (0..5).for_each(|_| drop(iterate(net, &batch)));
+    for _ in 0..5 {
+        iterate(net, &batch);
+    }
     let begin = Instant::now();
-    (0..STEPS / 4).for_each(|_| drop(iterate(net, &batch)));
+    for _ in 0..STEPS / 4 {
+        iterate(net, &batch);
+    }
     ms(begin.elapsed(), STEPS / 4)
 }
 
@@ -89,8 +93,14 @@ fn milliseconds_a_step() {
         // 5.18 GFLOP an image without wasted work, see docs/gpu.md.
         let teraflops = 5.18 * 64.0 / step;
         row(&format!("dcgan-celeba, batch 64, {name}: ms a step, phase by phase"), &format!("{phases:.3}"));
-        row(&format!("dcgan-celeba, batch 64, {name}: ms a step, whole steps"), &format!("{step:.3} ({teraflops:.0} TFLOP/s)"));
-        row(&format!("dcgan-celeba, batch 64, {name}: GPU idle"), &format!("{:.0}%", 100.0 * (1.0 - busy / step).max(0.0)));
+        row(
+            &format!("dcgan-celeba, batch 64, {name}: ms a step, whole steps"),
+            &format!("{step:.3} ({teraflops:.0} TFLOP/s)"),
+        );
+        row(
+            &format!("dcgan-celeba, batch 64, {name}: GPU idle"),
+            &format!("{:.0}%", 100.0 * (1.0 - busy / step).max(0.0)),
+        );
         assert!(step < 1000.0);
     }
 }

@@ -22,9 +22,13 @@ fn in_precision(precision: Precision) -> RunConfig {
 
 /// Largest relative difference of any trained tensor or running statistic.
 fn networks_off(one: &Dcgan, other: &Dcgan) -> f64 {
-    let tensors = |net: &Dcgan| [network_tensors(&net.state().generator), network_tensors(&net.state().discriminator)];
+    let tensors =
+        |net: &Dcgan| [network_tensors(&net.state().generator), network_tensors(&net.state().discriminator)];
     let pairs = tensors(one).into_iter().zip(tensors(other));
-    pairs.flat_map(|(one, other)| one.into_iter().zip(other)).map(|((_, a), (_, b))| off(&a, &b)).fold(0.0, f64::max)
+    pairs
+        .flat_map(|(one, other)| one.into_iter().zip(other))
+        .map(|((_, a), (_, b))| off(&a, &b))
+        .fold(0.0, f64::max)
 }
 
 #[test]
@@ -38,7 +42,8 @@ fn gpu_and_processor_train_the_same_in_f32() {
     for (step, tolerance) in [(0, 2e-5), (1, 2e-3), (2, 2e-3)] {
         let sums = iterate(&mut here, &fed.batch(step).unwrap());
         let found = iterate(&mut there, &fed_there.batch(step).unwrap());
-        let worst = sums.iter().zip(found).map(|(a, b)| (a.loss - b.loss).abs() / a.loss.abs()).fold(0.0, f64::max);
+        let worst =
+            sums.iter().zip(found).map(|(a, b)| (a.loss - b.loss).abs() / a.loss.abs()).fold(0.0, f64::max);
         assert!(worst < tolerance, "step {step}: {found:?}, not {sums:?}");
         row(&format!("losses of step {}, GPU beside CPU, f32", step + 1), &format!("{worst:.1e} relative"));
     }
@@ -56,19 +61,24 @@ fn tf32_and_bf16_stay_within_their_rounding() {
         let expected = iterate(&mut net(&in_precision(Precision::F32), &Exchange::new()), &batch);
         let mut there = net_on(&config, &Exchange::new(), device);
         let found = iterate(&mut there, &feed(&faces, ALL).on(device).batch(0).unwrap());
-        let worst =
-            expected.iter().zip(found).map(|(a, b)| (a.loss - b.loss).abs() / a.loss.abs()).fold(0.0, f64::max);
+        let worst = expected
+            .iter()
+            .zip(found)
+            .map(|(a, b)| (a.loss - b.loss).abs() / a.loss.abs())
+            .fold(0.0, f64::max);
         assert!(worst < tolerance, "{found:?}, not {expected:?}");
-        row(&format!("losses of the first step, {name} on the GPU beside f32 on the CPU"), &format!("{worst:.1e} relative"));
+        row(
+            &format!("losses of the first step, {name} on the GPU beside f32 on the CPU"),
+            &format!("{worst:.1e} relative"),
+        );
     }
 }
 
 #[test]
 fn captured_steps_give_the_bits_of_phases_that_are_waited_for() {
-    for (name, wanted, selected) in [
-        ("f32", Precision::F32, cuda::Precision::F32),
-        ("bf16", Precision::Bf16, cuda::Precision::Bf16),
-    ] {
+    for (name, wanted, selected) in
+        [("f32", Precision::F32, cuda::Precision::F32), ("bf16", Precision::Bf16, cuda::Precision::Bf16)]
+    {
         let Some((device, _turn)) = gpu("captured steps", selected, true) else { return };
         let (faces, config) = (faces(), in_precision(wanted));
         let (mut one, mut whole) =
@@ -94,7 +104,8 @@ fn trained(world: u32, config: &RunConfig, device: Device, steps: u64) -> Vec<f6
         select(index as u32, cuda::Precision::F32, true).unwrap();
         let mut net = net_on(config, exchange, device);
         let mut feed = feed(&faces, share(rank, world)).on(device);
-        let losses = (0..steps).flat_map(|step| iterate(&mut net, &feed.batch(step).unwrap()).map(|sums| sums.loss));
+        let losses =
+            (0..steps).flat_map(|step| iterate(&mut net, &feed.batch(step).unwrap()).map(|sums| sums.loss));
         losses.collect::<Vec<f64>>()
     });
     assert!(all.iter().all(|losses| *losses == all[0]), "all ranks report the same numbers");
@@ -108,5 +119,8 @@ fn two_workers_on_one_card_train_the_model_of_one() {
     let two = trained(2, &config(), device, 2);
     let worst = one.iter().zip(&two).map(|(a, b)| (a - b).abs() / a.abs()).fold(0.0, f64::max);
     assert!(worst < 2e-3, "{two:?}, not {one:?}");
-    row("two workers on one GPU over the ring, 2 steps", &format!("losses within {worst:.1e} of one worker's"));
+    row(
+        "two workers on one GPU over the ring, 2 steps",
+        &format!("losses within {worst:.1e} of one worker's"),
+    );
 }

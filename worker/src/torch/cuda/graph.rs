@@ -1,22 +1,14 @@
 //! [`Graph`]: work that is enqueued once and run many times.
 
 use std::ffi::c_void;
-use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::torch::{TorchError, check, ffi};
 
-/// Work that runs again on the same memory: captured in CUDA, or a closure on a processor.
-///
-/// The caller keeps to fixed buffers in both cases: inputs are copied into them before a replay and
-/// results are read from them after it.
+/// Captured work that runs again on the same memory. The caller keeps to fixed buffers: inputs are copied into
+/// them before a replay, and results are read from them after it.
 #[derive(Debug)]
-pub struct Graph(Kind);
-
-enum Kind {
-    Captured(Handle),
-    Rerun(Box<dyn FnMut() -> Result<(), TorchError> + Send>),
-}
+pub struct Graph(Handle);
 
 /// The shim's graph, captured or being captured.
 #[derive(Debug)]
@@ -57,34 +49,16 @@ impl Graph {
         }
         // SAFETY: a graph that this thread is capturing.
         unsafe { check("graph_end", ffi::takuma_cuda_graph_end(handle.0))? };
-        Ok(Self(Kind::Captured(handle)))
+        Ok(Self(handle))
     }
 
-    /// The same for a processor: a replay runs `body`. Other than [`Graph::capture`], which enqueues, this does
-    /// not run it yet.
-    pub fn rerun(body: impl FnMut() -> Result<(), TorchError> + Send + 'static) -> Self {
-        Self(Kind::Rerun(Box::new(body)))
-    }
-
-    /// Runs the work once more, in CUDA enqueued on the calling thread's stream.
+    /// Enqueues the work once more, on the calling thread's stream.
     ///
     /// # Errors
-    /// CUDA's, or the body's.
+    /// CUDA's.
     pub fn replay(&mut self) -> Result<(), TorchError> {
-        match &mut self.0 {
-            // SAFETY: a graph whose capture has ended.
-            Kind::Captured(graph) => unsafe { check("graph_replay", ffi::takuma_cuda_graph_replay(graph.0)) },
-            Kind::Rerun(body) => body(),
-        }
-    }
-}
-
-impl fmt::Debug for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Captured(_) => "captured",
-            Self::Rerun(_) => "rerun",
-        })
+        // SAFETY: a graph whose capture has ended.
+        unsafe { check("graph_replay", ffi::takuma_cuda_graph_replay(self.0.0)) }
     }
 }
 
@@ -97,26 +71,7 @@ impl Drop for Handle {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
     use super::*;
-
-    #[test]
-    fn replay_runs_the_body_again_and_passes_its_error_on() {
-        let runs = Arc::new(AtomicU32::new(0));
-        let counted = Arc::clone(&runs);
-        let mut graph = Graph::rerun(move || {
-            if counted.fetch_add(1, Ordering::Relaxed) == 2 {
-                return Err(TorchError { operation: "body", message: "the third".to_owned() });
-            }
-            Ok(())
-        });
-        assert_eq!(runs.load(Ordering::Relaxed), 0, "not at once");
-        graph.replay().unwrap();
-        graph.replay().unwrap();
-        assert!(graph.replay().is_err());
-    }
 
     #[test]
     fn capture_without_cuda_is_an_error_and_does_not_run_the_body() {

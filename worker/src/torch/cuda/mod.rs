@@ -4,7 +4,7 @@
 //! (libtorch decides at the first question whether it has CUDA, and keeps to that); [`devices`]; [`select`].
 //! Nothing of it is touched where CUDA is not wanted.
 //!
-//! [`Graph`] and [`Event`] exist without a GPU too, so that what is built on them runs on a processor.
+//! [`Event`] exists without a GPU too, so that what is built on it runs on a processor.
 
 use std::ffi::{CStr, c_void};
 use std::sync::Mutex;
@@ -74,8 +74,7 @@ pub fn devices() -> Result<Vec<DeviceInfo>, CudaError> {
 }
 
 fn device(index: i32) -> Result<DeviceInfo, CudaError> {
-    let mut found =
-        ffi::CudaDevice { name: [0; 256], memory_bytes: 0, capability: [0; 2], uuid: [0; 16] };
+    let mut found = ffi::CudaDevice { name: [0; 256], memory_bytes: 0, capability: [0; 2], uuid: [0; 16] };
     // SAFETY: `found` is written during the call; the shim ends the name with a NUL.
     let name = unsafe {
         check("device", ffi::takuma_cuda_device(index, &mut found)).map_err(CudaError::from)?;
