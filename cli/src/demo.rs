@@ -47,7 +47,8 @@ pub struct DemoArgs {
     /// Workers to start [default: one on each usable GPU; without GPUs, and with --chaos, 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     workers: Option<u32>,
-    /// What they compute on: auto (GPUs where there are any), cpu, cuda, or cuda:N for one certain GPU
+    /// What they compute on: auto (GPUs where there are any; with --chaos the processor), cpu, cuda, or cuda:N for one
+    /// certain GPU
     #[arg(long, value_name = "DEVICE", env = "TAKUMA_DEVICE", default_value_t)]
     device: Device,
     /// Where everything goes
@@ -65,6 +66,17 @@ pub struct DemoArgs {
 }
 
 impl DemoArgs {
+    /// Exact mode, which --chaos trains in, is for processors.
+    fn device(&self) -> Result<Device, CliError> {
+        match self.device {
+            Device::Auto if self.chaos => Ok(Device::Cpu),
+            Device::Cuda(_) if self.chaos => Err(CliError::Usage(
+                "--chaos compares to the bit, which exact mode promises on processors only; leave --device out".to_owned(),
+            )),
+            device => Ok(device),
+        }
+    }
+
     fn worker_count(&self) -> WorkerCount {
         match self.workers {
             None if self.chaos => WorkerCount::Given(WORKERS),
@@ -89,7 +101,7 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
     let mut signals = Signals::new()?;
     let dir = std::path::absolute(&args.dir).map_err(|error| CliError::io("find the folder", error))?;
     let devices = tokio::select! {
-        devices = assign_here(args.device, args.worker_count(), WORKERS) => devices?,
+        devices = assign_here(args.device()?, args.worker_count(), WORKERS) => devices?,
         () = signals.next() => return Err(interrupted()),
     };
     let workers = u32::try_from(devices.len()).unwrap_or(u32::MAX);

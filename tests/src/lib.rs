@@ -215,7 +215,9 @@ impl Cluster {
     }
 
     fn start_worker(&mut self, name: &str, listen: &[&str], fault: Option<&str>) {
+        // Where there is a GPU, too: exact mode and signals are about processors' workers.
         let mut arguments = vec!["--coordinator", &self.address, "--name", name, "--threads", "1"];
+        arguments.extend(["--device", "cpu"]);
         arguments.extend(listen);
         let log = self.folder.path().join(format!("{name}.log"));
         let mut environment = self.environment.clone();

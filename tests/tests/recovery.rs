@@ -214,10 +214,45 @@ fn poisoned(name: &str, steps: u64, rest: &[&str]) -> Cluster {
     cluster
 }
 
+/// The same of one worker that hands over whole steps, as on a GPU.
+fn poisoned_whole(name: &str, steps: u64, rest: &[&str]) -> Cluster {
+    let folder = TempDir::new().unwrap();
+    let store = format!("file://{}/store", folder.path().display());
+    let mut cluster = Cluster::over(folder, store, vec![("TAKUMA_WHOLE_STEPS", "1".to_owned())], 0);
+    cluster.add_doomed_worker("worker-1", "nan@+4.d");
+    wait_for("the worker", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 1).then_some(())
+    });
+    submit(&cluster, name, steps, rest);
+    cluster
+}
+
 /// Steps whose line has no loss of D.
 fn without_loss(cluster: &Cluster, name: &str) -> Vec<u64> {
     let lines = cluster.metrics(name);
     lines.iter().filter(|line| line["d_loss"].is_null()).map(|line| line["step"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn whole_steps_leave_out_stop_at_and_roll_back_before_what_is_no_number() {
+    let mut cluster = poisoned_whole("skipping", 20, &["--on-nan", "skip"]);
+    is_whole(&cluster, "skipping", 20);
+    assert_eq!(without_loss(&cluster, "skipping"), [5]);
+    assert!(cluster.worker("worker-1").log().contains("whole steps"));
+    let _printed = cluster.ok(&["run", "audit", "skipping"]);
+
+    let cluster = poisoned_whole("poisoned", 20, &[]);
+    assert_eq!(cluster.takuma(&["run", "wait", "poisoned"]).status.code(), Some(1));
+    let view = cluster.json(&["run", "show", "poisoned", "-o", "json"]);
+    let error = view["error"].as_str().unwrap();
+    assert!(error.contains("step 5") && error.contains("conv1.weight is not finite"), "{error}");
+    assert_eq!(view["step"], 4, "the steps before it count, and those behind it do not");
+
+    let cluster = poisoned_whole("rolling", 20, &["--on-nan", "rollback", "--set", "checkpoint_every=4"]);
+    is_whole(&cluster, "rolling", 20);
+    assert!(has_event(&cluster, "rolling", "rolled_back"));
+    assert_eq!(without_loss(&cluster, "rolling").first(), Some(&5));
+    let _printed = cluster.ok(&["run", "audit", "rolling"]);
 }
 
 #[test]

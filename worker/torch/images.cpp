@@ -2,6 +2,7 @@
 #include "shim.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty_strided.h>
 
 #include "cuda/table.h"
 #include "guard.h"
@@ -72,5 +73,13 @@ extern "C" char *takuma_gather_images(tensor images, tensor rows, tensor target)
       default:
         TORCH_CHECK(false, "images become float, double or bfloat16, not ", into.scalar_type());
     }
+  });
+}
+
+extern "C" char *takuma_host_like(tensor like, int32_t is_pinned, tensor *host) {
+  return guarded([&] {
+    const at::Tensor &wanted = deref(like);
+    const auto options = at::TensorOptions().dtype(wanted.scalar_type()).pinned_memory(is_pinned != 0);
+    *host = new at::Tensor(at::empty_strided(wanted.sizes(), wanted.strides(), options));
   });
 }

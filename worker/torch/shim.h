@@ -112,6 +112,11 @@ char *takuma_commit_statistics(const tensor *means, const tensor *variances, con
 // PyTorch: Tensor.copy_(non_blocking=True).
 char *takuma_copy_async(tensor target, tensor source);
 
+// Uninitialised memory on the host of `like`'s shape, strides and type; page-locked if `is_pinned`.
+//   host    given away
+// PyTorch: torch.empty_strided(..., pin_memory=is_pinned).
+char *takuma_host_like(tensor like, int32_t is_pinned, tensor *host);
+
 // target[i] = images[rows[i]], each pixel p as p / 127.5 - 1 in float, rounded to target's type.
 //   images  uint8 [R, H, W, 3], dense
 //   rows    int64 [N]

@@ -49,7 +49,13 @@ impl Snapshot {
     /// # Errors
     /// libtorch's, on a GPU that fails.
     pub fn take(net: &Dcgan, step: u64) -> Result<Self, TorchError> {
-        let parts = parts_of(net).map(|part| part.iter().map(|(name, t)| (name.clone(), take(t))).collect());
+        let taken = |part: BTreeMap<String, Tensor>| {
+            part.iter()
+                .map(|(name, tensor)| Ok((name.clone(), take(tensor)?)))
+                .collect::<Result<_, TorchError>>()
+        };
+        let [g, d, o] = parts_of(net).map(taken);
+        let parts = [g?, d?, o?];
         let mut ready = Event::new(net.state().generator.arithmetic().device)?;
         ready.record()?;
         Ok(Self { step, parts, ready })
@@ -165,11 +171,15 @@ impl Taken {
     }
 }
 
-fn take(tensor: &Tensor) -> Taken {
-    if tensor.device().is_cuda() {
-        return Taken::OnDevice(tensor.detach().copy());
+fn take(tensor: &Tensor) -> Result<Taken, TorchError> {
+    if !tensor.device().is_cuda() {
+        return Ok(Taken::OnHost(copy(tensor)));
     }
-    Taken::OnHost(copy(tensor))
+    // A full GPU is an error here, and no panic.
+    let there = tensor.detach().f_empty_like();
+    let there = there.map_err(|error| TorchError { operation: "a snapshot", message: error.to_string() })?;
+    crate::torch::copy_async(&there, tensor)?;
+    Ok(Taken::OnDevice(there))
 }
 
 fn copy(tensor: &Tensor) -> Copied {

@@ -137,7 +137,7 @@ impl Dcgan {
         };
         ahead.take_in(&input)?;
         self.launch(&mut ahead)?;
-        let numbers = host_like(&ahead.numbers);
+        let numbers = torch::host_like(&ahead.numbers, ahead.numbers.device())?;
         torch::copy_async(&numbers, &ahead.numbers)?;
         let mut event = Event::new(ahead.numbers.device())?;
         event.record()?;
@@ -145,14 +145,16 @@ impl Dcgan {
         Ok(Ticket { numbers, event, _input: input })
     }
 
-    /// Waits for a step that was handed over: what became of its phases.
+    /// Waits for a step that was handed over: what became of its phases. `None` if the device is stuck: nothing that
+    /// it holds may then be touched, since that could wait for ever.
     ///
     /// # Errors
     /// libtorch's, when the device fails.
-    pub fn settle(&self, mut ticket: Ticket) -> Result<Vec<Outcome>, TorchError> {
+    pub fn settle(&self, mut ticket: Ticket) -> Result<Option<Vec<Outcome>>, TorchError> {
         if !ticket.event.wait(Instant::now() + STEP_TIMEOUT)? {
-            let message = format!("the GPU has not finished a step within {STEP_TIMEOUT:?}");
-            return Err(TorchError { operation: "a step", message });
+            // Its memory is still written to.
+            std::mem::forget(ticket);
+            return Ok(None);
         }
         let mut is_frozen = false;
         let outcomes = Phase::ALL.iter().map(|&phase| {
@@ -167,7 +169,7 @@ impl Dcgan {
             is_frozen = self.on_nan() != OnNan::Skip;
             Outcome::NotFinite(self.blame(phase, loss, index as usize))
         });
-        Ok(outcomes.collect())
+        Ok(Some(outcomes.collect()))
     }
 
     /// Whether whole steps run as a graph by now.
@@ -256,10 +258,4 @@ impl Dcgan {
         let right = results.right.unwrap_or_else(|| results.loss.zeros_like().to_kind(Kind::Double));
         Ok((results.loss, right))
     }
-}
-
-/// Memory on the host like `tensor`, page-locked if that is on a GPU.
-fn host_like(tensor: &Tensor) -> Tensor {
-    let host = Tensor::zeros(tensor.size(), (tensor.kind(), tch::Device::Cpu));
-    if tensor.device().is_cuda() { host.pin_memory(tensor.device()) } else { host }
 }

@@ -1,6 +1,6 @@
 //! Images from where they are kept to where they are computed with.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{TorchError, check, ffi, raw};
 
@@ -18,6 +18,23 @@ use super::{TorchError, check, ffi, raw};
 pub fn copy_async(target: &Tensor, source: &Tensor) -> Result<(), TorchError> {
     // SAFETY: tensors, borrowed for the call.
     unsafe { check("copy_async", ffi::takuma_copy_async(raw(target), raw(source))) }
+}
+
+/// Uninitialised memory on the host like `tensor`, page-locked if `device`, which its numbers go to or
+/// come from, is a GPU.
+///
+/// # Errors
+/// libtorch's, out of memory that can be locked.
+///
+/// # Source
+/// `torch.empty_strided(pin_memory=True)`.
+pub fn host_like(tensor: &Tensor, device: Device) -> Result<Tensor, TorchError> {
+    let mut host = std::ptr::null_mut();
+    // SAFETY: a tensor, borrowed for the call; `host` is given to us when it succeeds.
+    unsafe {
+        check("host_like", ffi::takuma_host_like(raw(tensor), i32::from(device.is_cuda()), &mut host))?;
+        Ok(Tensor::from_ptr(host.cast()))
+    }
 }
 
 /// Writes the images numbered `rows` into `target`, each pixel `p` as `p / 127.5 - 1` in f32, rounded to the

@@ -9,6 +9,7 @@ use takuma_proto::v1::run_ended;
 use super::messages::{Command, JobError};
 use super::thread::{End, Trainer};
 use crate::recipe::{Outcome, Phase, Ticket};
+use crate::supervise;
 
 /// Steps under way at the same time: the device has its next step before the host has read the numbers of the
 /// one before.
@@ -31,7 +32,7 @@ impl Trainer {
             && !self.parts.config.exact
             && self.position() == (step, 0)
             && !self.parts.passed_over.contains(&(step + 1))
-            && !self.faults.are_ordered()
+            && !self.faults.are_between_phases()
     }
 
     /// Trains whole steps until something else is to be done, and leaves none under way.
@@ -40,14 +41,20 @@ impl Trainer {
     /// As a step's.
     pub(super) fn train_ahead(&mut self, commands: &Receiver<Command>) -> Result<Option<End>, JobError> {
         let mut pending = VecDeque::new();
-        let mut next = self.position().0;
-        tracing::info!("alone, so whole steps are handed over from step {} on", next + 1);
+        let first = self.position().0;
+        let mut next = first;
         loop {
             self.listen(commands);
+            // Nothing is exchanged here, so only this tells that the group was ended from outside.
+            let over = self.exchange.collective().barrier().err();
             let is_wanted = self.now.is_none() && self.ready_for() == 0 && next < self.parts.target_steps;
             let stops = self.parts.progress.stop_requested();
-            let goes_on = is_wanted && !stops && !self.parts.passed_over.contains(&(next + 1));
+            let goes_on =
+                is_wanted && !stops && over.is_none() && !self.parts.passed_over.contains(&(next + 1));
             if goes_on && (pending.is_empty() || !self.is_boundary(next)) {
+                if next == first {
+                    tracing::info!("alone, so whole steps are handed over from step {} on", first + 1);
+                }
                 pending.push_back(self.hand_over(next)?);
                 next += 1;
             }
@@ -56,6 +63,9 @@ impl Trainer {
                 self.take_in_step(oldest)?;
             }
             if pending.is_empty() && !goes_on {
+                if let Some(error) = over {
+                    return Err(error.into());
+                }
                 let ended = stops && next < self.parts.target_steps;
                 return Ok(ended.then_some(End::Done(run_ended::Outcome::Stopped)));
             }
@@ -65,7 +75,7 @@ impl Trainer {
     /// Whether something is to be done with the state after `steps` finished steps, before the next one.
     fn is_boundary(&self, steps: u64) -> bool {
         let config = &self.parts.config;
-        self.checkpoint_overdue
+        self.is_checkpoint_missed(steps)
             || steps.is_multiple_of(config.sample_every)
             || steps.is_multiple_of(config.checkpoint_every)
     }
@@ -73,7 +83,10 @@ impl Trainer {
     fn hand_over(&mut self, step: u64) -> Result<Pending, JobError> {
         let begun = Instant::now();
         self.parts.progress.enter("step");
-        let (input, fed) = self.parts.feed.input(step)?;
+        let (mut input, fed) = self.parts.feed.input(step)?;
+        if self.faults.strike(step, Phase::D) {
+            input = self.parts.feed.spoilt(input);
+        }
         let data_s = begun.elapsed().as_secs_f64();
         let ticket = self.net.enqueue(input)?;
         Ok(Pending { step, fed, begun, data_s, ticket })
@@ -82,7 +95,10 @@ impl Trainer {
     /// Waits for a step and does what follows it.
     fn take_in_step(&mut self, pending: Pending) -> Result<(), JobError> {
         let Pending { step, fed, begun, data_s, ticket } = pending;
-        for (phase, outcome) in Phase::ALL.into_iter().zip(self.net.settle(ticket)?) {
+        let Some(outcomes) = self.net.settle(ticket)? else {
+            supervise::last_resort("the GPU does not come to the end of a step");
+        };
+        for (phase, outcome) in Phase::ALL.into_iter().zip(outcomes) {
             let made = match outcome {
                 Outcome::Applied(sums) => Ok(sums),
                 Outcome::NotFinite(what) => Err(what),

@@ -49,9 +49,9 @@ impl Faults {
         Some(Self { orders, first: None })
     }
 
-    /// Whether any fault is still to come.
-    pub fn are_ordered(&self) -> bool {
-        !self.orders.is_empty()
+    /// Whether a fault is still to come that strikes between two phases.
+    pub fn are_between_phases(&self) -> bool {
+        self.orders.iter().any(|order| !matches!(order.kind, Kind::Nan) || order.phase != Phase::D)
     }
 
     /// Strikes if this is the place of a fault, which is then over: a phase that is run again is spared.

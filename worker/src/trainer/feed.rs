@@ -7,12 +7,13 @@ use takuma_core::ids::Slot;
 use takuma_core::noise::fill_slot_noise;
 use takuma_core::slots::{EpochOrder, ImageRef, SlotMap, SlotRange};
 use takuma_data::{DataError, Fetch, ShardPool};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::messages::JobError;
 use super::resident::Resident;
 use crate::model::NOISE_LEN;
 use crate::recipe::{Batch, Images, StepInput};
+use crate::torch::{self, TorchError};
 
 /// Value of a uint8 pixel in `[-1, 1]`.
 fn scaled(pixel: u8) -> f32 {
@@ -146,14 +147,22 @@ impl Feed {
             let Residency::Begun(resident) = &self.resident else { unreachable!("its images were given") };
             if let Some(rows) = resident.rows(places.into_iter().map(|(_, image)| image)) {
                 self.ahead = None;
-                let rows = self.pinned(rows);
-                let noise_nz = self.pinned(self.noise_nz(&noise_of(self.slots, self.seed, step)));
+                let rows = self.pinned(rows)?;
+                let noise_nz = self.pinned(self.noise_nz(&noise_of(self.slots, self.seed, step)))?;
                 return Ok((StepInput { images: Images::Rows { dataset_nhwc, rows }, noise_nz }, fed));
             }
         }
         let (floats, fed) = self.floats(step)?;
-        let images = Images::Ready(self.pinned(self.images_nchw(&floats.pixels_nhwc)));
-        Ok((StepInput { images, noise_nz: self.pinned(self.noise_nz(&floats.noise_nz)) }, fed))
+        let images = Images::Ready(self.pinned(self.images_nchw(&floats.pixels_nhwc))?);
+        Ok((StepInput { images, noise_nz: self.pinned(self.noise_nz(&floats.noise_nz))? }, fed))
+    }
+
+    /// A step's input with images that are no numbers, as a test orders it.
+    #[must_use]
+    pub fn spoilt(&self, input: StepInput) -> StepInput {
+        let (n, size) = (i64::from(self.slots.count), self.image_size);
+        let images = Tensor::full([n, size, size, 3], f64::INFINITY, (Kind::Float, Device::Cpu));
+        StepInput { images: Images::Ready(images.permute([0, 3, 1, 2])), ..input }
     }
 
     /// The images on the device, if all are there.
@@ -194,8 +203,13 @@ impl Feed {
     }
 
     /// `tensor` where a GPU fetches it by itself.
-    fn pinned(&self, tensor: Tensor) -> Tensor {
-        if self.device.is_cuda() { tensor.pin_memory(self.device) } else { tensor }
+    fn pinned(&self, tensor: Tensor) -> Result<Tensor, TorchError> {
+        if !self.device.is_cuda() {
+            return Ok(tensor);
+        }
+        let host = torch::host_like(&tensor, self.device)?;
+        torch::copy_async(&host, &tensor)?;
+        Ok(host)
     }
 
     /// The raw images of step index `step` for slots below `limit`. Blocks while images are missing.

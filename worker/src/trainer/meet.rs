@@ -14,28 +14,43 @@ const COLLECTIVE_VARIABLE: &str = "TAKUMA_COLLECTIVE";
 pub(super) struct Meeting {
     /// Its GPU's identity, and NCCL; none on a processor, or where NCCL cannot be had.
     nccl: Option<(Vec<u8>, NcclConfig)>,
+    /// Groups in a row that could not be formed with NCCL.
+    failures: u32,
 }
+
+/// After so many, a group goes over the host: slow, and better than none. The next one tries NCCL again.
+const MAX_FAILURES: u32 = 2;
 
 impl Meeting {
     /// For a worker that computes on `device`.
     pub(super) fn new(device: Device) -> Self {
-        Self { nccl: nccl_of(device) }
+        Self { nccl: nccl_of(device), failures: 0 }
     }
 
     /// The collective of the group whose ring this is. All members call it first of all.
     ///
     /// # Errors
     /// What ended the group.
-    pub(super) fn join(&self, ring: Ring) -> Result<Box<dyn Collective>, CollectiveError> {
+    pub(super) fn join(&mut self, ring: Ring) -> Result<Box<dyn Collective>, CollectiveError> {
         if ring.world() == 1 {
             return Ok(Box::new(ring));
         }
-        let own = self.nccl.as_ref().map(|(card, _)| card.as_slice());
+        if self.failures >= MAX_FAILURES {
+            tracing::warn!("NCCL could not form a group {MAX_FAILURES} times in a row");
+        }
+        let offered = self.nccl.as_ref().filter(|_| self.failures < MAX_FAILURES);
+        let own = offered.map(|(card, _)| card.as_slice());
         let cards = ring.all_gather(own.unwrap_or_default())?;
         match (&self.nccl, on_host_because(&cards)) {
-            (Some((_, config)), None) => Ok(Box::new(Nccl::form(ring, config)?)),
+            (Some((_, config)), None) => {
+                self.failures += 1;
+                let group = Nccl::form(ring, config)?;
+                self.failures = 0;
+                Ok(Box::new(group))
+            }
             (Some(_), Some(reason)) => {
                 tracing::info!("gradients go over the host: {reason}");
+                self.failures = 0;
                 Ok(Box::new(ring))
             }
             (None, _) => Ok(Box::new(ring)),

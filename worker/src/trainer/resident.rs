@@ -6,6 +6,9 @@ use takuma_core::slots::ImageRef;
 use takuma_data::Shard;
 use tch::{Device, Kind, Tensor};
 
+/// Left free on a GPU for networks, feature maps, workspaces and copies of the state.
+const TRAINING_BYTES: i64 = 4 << 30;
+
 /// Whole shards on the device, as bytes; a step names its images by row. They are brought shard by shard, so
 /// that training goes on meanwhile.
 pub(super) struct Resident {
@@ -30,7 +33,16 @@ impl Resident {
             rows += images;
         }
         let size = [rows, image_size, image_size, 3];
-        match Tensor::f_empty(size, (Kind::Uint8, device)) {
+        let bytes = (Kind::Uint8, device);
+        // What training still needs goes back to libtorch's allocator, which keeps it for that.
+        let with_room = || -> Result<Tensor, tch::TchError> {
+            let images = Tensor::f_empty(size, bytes)?;
+            if device.is_cuda() {
+                drop(Tensor::f_empty([TRAINING_BYTES], bytes)?);
+            }
+            Ok(images)
+        };
+        match with_room() {
             Ok(images_nhwc) => Some(Self { images_nhwc, first_rows, missing }),
             Err(error) => {
                 tracing::info!("the images stay in the host's memory, the device has no room: {error}");

@@ -92,7 +92,7 @@ pub struct Trainer {
     /// When the former group broke.
     broken_since: Option<Instant>,
     /// After a loss the newest checkpoint may have been lost with its writer.
-    pub(super) checkpoint_overdue: bool,
+    checkpoint_overdue: bool,
     was_rank_0: bool,
     step_s: f64,
     steps_here: u64,
@@ -227,7 +227,8 @@ impl Trainer {
         let ring = Ring::connect(&self.parts.listener, seat.ring)?;
         // Already while the members meet: a group that is over must let go of this thread.
         self.parts.stopper.guard(generation, ring.abort_handle());
-        self.exchange.enter(self.meeting.join(ring)?);
+        let collective = self.meeting.join(ring)?;
+        self.exchange.enter(collective);
         let collective = self.exchange.collective();
         self.parts.stopper.guard(generation, collective.abort_handle());
         let spool = &self.parts.spool;
@@ -442,14 +443,18 @@ impl Trainer {
         self.exchange.collective().set_timeout(usual.clamp(SHORTEST_TIMEOUT.min(longest), longest));
     }
 
+    /// Whether a checkpoint that was due by `step` may be lost.
+    pub(super) fn is_checkpoint_missed(&self, step: u64) -> bool {
+        let every = self.parts.config.checkpoint_every;
+        self.checkpoint_overdue && self.parts.spool.committed_step() < step / every * every
+    }
+
     /// A periodic checkpoint: training does not wait for it.
     fn offer_checkpoint(&mut self, step: u64) -> Result<(), JobError> {
         if self.exchange.collective().rank() != Rank(0) {
             return Ok(());
         }
-        let every = self.parts.config.checkpoint_every;
-        let missed = self.checkpoint_overdue && self.parts.spool.committed_step() < step / every * every;
-        if !step.is_multiple_of(every) && !missed {
+        if !step.is_multiple_of(self.parts.config.checkpoint_every) && !self.is_checkpoint_missed(step) {
             return Ok(());
         }
         self.checkpoint_overdue = false;

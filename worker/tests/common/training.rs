@@ -1,4 +1,5 @@
 //! Data, networks and rings of the tests that train.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::sync::{Arc, LazyLock};
 

@@ -45,5 +45,6 @@ fn gpu(test: &str, precision: Precision, deterministic: bool) -> Option<(Device,
 
 /// A line of the suite's table.
 fn row(check: &str, figure: &str) {
-    println!("| {check} | {figure} |");
+    // The harness has begun a line.
+    println!("\n| {check} | {figure} |");
 }

@@ -90,7 +90,7 @@ fn milliseconds_a_step() {
         let phases = by_phase(&mut net, &mut feed);
         let step = whole(&mut net, &mut feed);
         let busy = busy(&mut net);
-        // 5.18 GFLOP an image without wasted work, see docs/gpu.md.
+        // An iteration without wasted work is 5.18 GFLOP an image.
         let teraflops = 5.18 * 64.0 / step;
         row(&format!("dcgan-celeba, batch 64, {name}: ms a step, phase by phase"), &format!("{phases:.3}"));
         row(
