@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use takuma_core::config::{OnNan, Precision, RunConfig};
 use takuma_core::slots::SlotRange;
-use takuma_worker::recipe::{Dcgan, Images, Outcome, Phase, PhaseError, StepInput};
+use takuma_worker::recipe::{Dcgan, Images, Outcome, Phase, PhaseError, StepInput, Ticket};
 use takuma_worker::trainer::{Exchange, Feed};
 
 use super::support::{bytes, config, faces, feed, iterate, net};
@@ -17,7 +17,11 @@ fn run(on_nan: OnNan) -> RunConfig {
 
 fn enqueued(net: &mut Dcgan, input: StepInput) -> Vec<Outcome> {
     let ticket = net.enqueue(input).unwrap();
-    net.settle(ticket).unwrap()
+    settled(net, ticket)
+}
+
+fn settled(net: &Dcgan, ticket: Ticket) -> Vec<Outcome> {
+    net.settle(ticket).unwrap().expect("a processor is never stuck")
 }
 
 /// Asks for step 0 until its images are named by row.
@@ -59,7 +63,7 @@ fn several_steps_may_be_under_way() {
     let tickets: Vec<_> = (0..3).map(|step| whole.enqueue(ahead.input(step).unwrap().0).unwrap()).collect();
     for (step, ticket) in (0..).zip(tickets) {
         let expected = iterate(&mut one, &fed.batch(step).unwrap()).map(Outcome::Applied);
-        assert_eq!(whole.settle(ticket).unwrap(), expected, "step {step}");
+        assert_eq!(settled(&whole, ticket), expected, "step {step}");
     }
 }
 
@@ -84,8 +88,8 @@ fn update_that_is_not_finite_stops_all_that_are_under_way() {
     let bad = net.enqueue(spoilt(&mut feed, 1)).unwrap();
     let behind = net.enqueue(feed.input(2).unwrap().0).unwrap();
     let blamed = Outcome::NotFinite("the loss and the gradient of conv1.weight".to_owned());
-    assert_eq!(net.settle(bad).unwrap(), [blamed, Outcome::Frozen, Outcome::Frozen]);
-    assert!(!net.settle(behind).unwrap().iter().any(|outcome| matches!(outcome, Outcome::Applied(_))));
+    assert_eq!(settled(&net, bad), [blamed, Outcome::Frozen, Outcome::Frozen]);
+    assert!(!settled(&net, behind).iter().any(|outcome| matches!(outcome, Outcome::Applied(_))));
     assert!(bytes(&net) == before, "nothing was applied from the bad update on");
 }
 
