@@ -81,7 +81,6 @@ impl Weights {
     }
 
     /// The count of batches that all normalisations of the network share: they see the same ones.
-    #[must_use]
     pub fn batches(&self) -> Tensor {
         self.batches.shallow_clone()
     }

@@ -125,7 +125,7 @@ mod tests {
         let weights = Weights::new(0, 0, Kind::Float);
         let zeros = Zeros(["one.weight", "two.weight"].map(|name| weights.constant(name, &[3], 0.0)));
         let config = RunConfig::new(Recipe::DcganTiny, "file:///none");
-        let mut updater = Updater::new(&config, &Exchange::new(), &zeros);
+        let updater = Updater::new(&config, &Exchange::new(), &zeros);
         let [one, two] = &zeros.0;
         // The square root's slope at 0 is infinite.
         let loss = (&one.tensor + two.tensor.sqrt()).sum(Kind::Float);

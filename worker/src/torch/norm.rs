@@ -23,9 +23,11 @@ pub trait SumReducer: Send + Sync + 'static {
 pub trait DeviceSumReducer: Send + Sync {
     /// Enqueues the sum of the `len` f64 at the device address `values`, in place, on the CUDA stream
     /// `stream`. Must not wait for the stream, and must be able to go into a graph that is being captured.
-    /// The values stay until the work that the stream then holds is done. `false`: it failed and the pass
-    /// must end.
-    fn sum_on_device(&self, values: *mut f64, len: usize, stream: *mut c_void) -> bool;
+    /// `false`: it failed and the pass must end.
+    ///
+    /// # Safety
+    /// `values` are `len` f64 on the device of `stream`, and stay until the work that the stream then holds is done.
+    unsafe fn sum_on_device(&self, values: *mut f64, len: usize, stream: *mut c_void) -> bool;
 }
 
 /// Options of [`batch_norm`].
@@ -105,7 +107,9 @@ unsafe extern "C" fn call_device_reducer(
 ) -> i32 {
     // SAFETY: context is the boxed Arc that batch_norm gave away; the values are not touched here.
     let reducer = unsafe { &*context.cast::<Arc<dyn SumReducer>>() };
-    let sum = || reducer.on_device().is_some_and(|device| device.sum_on_device(values, len, stream));
+    // SAFETY: the shim's own scratch of len doubles, which it frees in the order of the stream.
+    let sum = |device: &dyn DeviceSumReducer| unsafe { device.sum_on_device(values, len, stream) };
+    let sum = || reducer.on_device().is_some_and(sum);
     i32::from(!caught(false, sum))
 }
 

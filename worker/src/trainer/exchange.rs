@@ -124,13 +124,13 @@ impl SumReducer for Exchange {
 }
 
 impl DeviceSumReducer for Exchange {
-    fn sum_on_device(&self, values: *mut f64, len: usize, stream: *mut c_void) -> bool {
+    unsafe fn sum_on_device(&self, values: *mut f64, len: usize, stream: *mut c_void) -> bool {
         let collective = self.collective();
         let Some(device) = collective.on_device() else {
             unreachable!("a pass does not outlive its group, which sums on the device")
         };
         let values = DeviceValues { ptr: values.cast(), len, kind: DeviceKind::F64 };
-        // SAFETY: len f64 on the device of the thread whose stream this is; they stay until the phase is settled.
+        // SAFETY: as the caller promises; the phase is settled before anything of it is applied.
         self.went_well(unsafe { device.all_reduce_on_device(values, stream) })
     }
 }
