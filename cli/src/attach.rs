@@ -224,7 +224,7 @@ pub fn conclude(run: &RunView) -> Result<Exit, CliError> {
     match run.status() {
         RunStatus::Succeeded => {
             let pace = if run.elapsed_s > 0.0 {
-                format!(" ({:.2} it/s)", run.step as f64 / run.elapsed_s)
+                format!(" ({} it/s)", crate::progress::per_second(run.step as f64 / run.elapsed_s))
             } else {
                 String::new()
             };

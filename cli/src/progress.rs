@@ -25,8 +25,17 @@ pub fn position(run: &RunView) -> String {
 /// Steps a second as text: `1.85`, `0.062`; none before the first step.
 #[must_use]
 pub fn speed(run: &RunView) -> Option<String> {
-    let per_s = 1.0 / run.mean_step_s.filter(|seconds| *seconds > 0.0)?;
-    Some(if per_s >= 0.1 { format!("{per_s:.2}") } else { format!("{per_s:.3}") })
+    run.mean_step_s.filter(|seconds| *seconds > 0.0).map(|seconds| per_second(1.0 / seconds))
+}
+
+/// A number a second, with two digits at least and not many more than three: `943`, `1.85`, `0.062`.
+#[must_use]
+pub fn per_second(number: f64) -> String {
+    match number {
+        100.0.. => format!("{number:.0}"),
+        0.1.. => format!("{number:.2}"),
+        _ => format!("{number:.3}"),
+    }
 }
 
 /// `1.85 it/s  ETA 1m37s`, as far as known.
@@ -254,6 +263,13 @@ mod tests {
     fn hundred_percent_is_for_the_last_step_only() {
         let run = RunView { step: 2999, steps: 3000, ..RunView::default() };
         assert_eq!(position(&run), "2999/3000 99%");
+    }
+
+    #[test]
+    fn steps_of_a_gpu_are_told_without_fractions() {
+        let run =
+            RunView { step: 3165, steps: 6330, mean_step_s: Some(0.001_06), eta_s: Some(3.4), ..running() };
+        assert_eq!(pace(&run), "943 it/s  ETA 3s");
     }
 
     #[test]

@@ -5,8 +5,10 @@
 
 use std::collections::VecDeque;
 
+use takuma_core::record::RunStatus;
 use takuma_proto::v1;
 use tokio::sync::{broadcast, watch};
+use tokio::time::Instant;
 
 /// Events that a client gets when it begins to watch.
 const EVENTS_KEPT: usize = 100;
@@ -41,6 +43,7 @@ pub struct LogSubscription {
 #[derive(Debug)]
 pub struct RunChannels {
     view: watch::Sender<v1::RunView>,
+    shown: Option<(RunStatus, Instant)>,
     events: broadcast::Sender<v1::RunEvent>,
     past_events: VecDeque<v1::RunEvent>,
     lines: broadcast::Sender<v1::LogLine>,
@@ -53,6 +56,7 @@ impl RunChannels {
     pub fn new(view: v1::RunView) -> Self {
         Self {
             view: watch::Sender::new(view),
+            shown: None,
             events: broadcast::Sender::new(LAG),
             past_events: VecDeque::new(),
             lines: broadcast::Sender::new(LAG),
@@ -61,8 +65,15 @@ impl RunChannels {
     }
 
     /// Shows a new view; the events of the change come before it.
-    pub fn publish(&self, view: v1::RunView) {
+    pub fn publish(&mut self, view: v1::RunView, status: RunStatus) {
+        self.shown = Some((status, Instant::now()));
         self.view.send_replace(view);
+    }
+
+    /// When the last view was shown, if that was one of this status.
+    #[must_use]
+    pub fn shown(&self, status: RunStatus) -> Option<Instant> {
+        self.shown.filter(|(shown, _)| *shown == status).map(|(_, at)| at)
     }
 
     /// Adds an event. Nobody watching is no fault.

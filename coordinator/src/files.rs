@@ -3,10 +3,13 @@
 
 mod commit;
 mod fenced;
+mod grids;
 mod kept;
 mod lines;
 mod persist;
 mod plot;
+mod queue;
+mod record;
 mod records;
 mod sweep;
 mod tensorboard;
@@ -14,129 +17,40 @@ mod tensorboard;
 use std::time::Duration;
 
 use serde::Serialize;
-use takuma_core::checkpoint::{CheckpointManifest, Retention};
-use takuma_core::event::{Event, Fence, Grid, GridKind, MetricsLine, RunEvent};
-use takuma_core::ids::Generation;
+use takuma_core::event::{Event, Fence, GridKind, MetricsLine, RunEvent};
 use takuma_core::layout;
 use takuma_core::record::{CheckpointMark, RunRecord};
 use takuma_core::time::Timestamp;
 use takuma_store::Store;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
+use grids::{Grids, StoredGrid};
 pub use kept::{kept_lines, lines};
 use lines::LineFile;
 use persist::{FIRST_PAUSE, Patience, persist};
-use plot::Point;
+use plot::{PlotFile, Point};
+use queue::Queue;
+pub use queue::{Job, Writer, WriterSetup};
+use record::RecordFile;
 pub use records::Records;
 use records::SaveError;
 use sweep::Sweeper;
 use tensorboard::EventFile;
 
-use crate::drawing::Drawing;
-use crate::owner::{Message, Owner};
+use crate::owner::Message;
 
-/// Jobs that may wait: ten minutes without a store at 20 steps a second. Small ones, but for the grids.
-const MAX_JOBS: usize = 16_384;
 /// Store outages are waited for so long before the run fails.
 const OUTAGE: Duration = Duration::from_secs(900);
 /// A submitter waits for the first write, so it is told sooner.
 const OUTAGE_AT_SUBMIT: Duration = Duration::from_secs(20);
 /// Scalars reach TensorBoard at every grid, and at most so late in between.
 const TENSORBOARD_PERIOD: Duration = Duration::from_secs(30);
+/// Grids that come faster share a file of TensorBoard.
+const GRID_PERIOD: Duration = Duration::from_millis(250);
+/// Grids that come faster do not each make small files whole.
+const SMALL_PERIOD: Duration = Duration::from_secs(1);
 /// Metrics of about 5000 steps.
 const SMALL_BYTES: usize = 1 << 20;
-
-/// What the writer of a run is asked to do.
-#[derive(Debug)]
-pub enum Job {
-    /// Write `run.json`.
-    Save { record: Box<RunRecord>, first: bool, acknowledge: bool },
-    /// Append to `events.jsonl`.
-    Event(RunEvent),
-    /// Append to `metrics.jsonl`.
-    Metrics(MetricsLine),
-    /// Forget metrics and grids after this step.
-    Rewind { step: u64, lineage: Generation },
-    /// Store a grid and all that belongs to it.
-    Grid(Grid),
-    /// Commit a checkpoint.
-    Commit(Box<CheckpointManifest>),
-    /// Remove checkpoints that are kept no longer.
-    Sweep { step: u64, generation: Generation, retention: Retention },
-    /// Store everything, then say so.
-    Flush(Fence),
-    /// Store everything and end.
-    Close,
-}
-
-/// Where a writer's jobs go in.
-#[derive(Debug)]
-pub struct Writer {
-    jobs: mpsc::Sender<Job>,
-    task: JoinHandle<()>,
-}
-
-/// What a writer needs to know.
-#[derive(Debug)]
-pub struct WriterSetup {
-    /// The run's name.
-    pub run: String,
-    /// The plot's title.
-    pub title: String,
-    /// The store under which `runs/` lies.
-    pub store: Store,
-    /// What this coordinator knows of the runs' records there.
-    pub records: Records,
-    /// The step before the run's first one.
-    pub began: u64,
-    /// The generation that went on from the seed or a checkpoint last, whose metrics the store holds.
-    pub lineage: Generation,
-    /// Where events go.
-    pub owner: Owner,
-    /// Where grids and the plot are drawn.
-    pub drawing: Drawing,
-    /// Cancelled when the coordinator shuts down.
-    pub hurry: CancellationToken,
-    /// The run's writer before this one, if it may still be at work.
-    pub previous: Option<JoinHandle<()>>,
-}
-
-impl Writer {
-    /// Starts the task. It ends after [`Job::Close`]; a fault of its own fails the run.
-    #[must_use]
-    pub fn start(mut setup: WriterSetup) -> Self {
-        let (jobs, queue) = mpsc::channel(MAX_JOBS);
-        let task = tokio::spawn(async move {
-            if let Some(previous) = setup.previous.take()
-                && let Err(error) = previous.await
-            {
-                tracing::error!(run = setup.run, %error, "the run's former writer died");
-            }
-            RunFiles::new(setup).write(queue).await;
-        });
-        Self { jobs, task }
-    }
-
-    /// Hands over a job.
-    ///
-    /// # Errors
-    /// In words, when too many jobs wait or the task is gone.
-    pub fn send(&self, job: Job) -> Result<(), String> {
-        self.jobs.try_send(job).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => format!("{MAX_JOBS} writes wait for the store already"),
-            mpsc::error::TrySendError::Closed(_) => "its writer has ended".to_owned(),
-        })
-    }
-
-    /// The task, after [`Job::Close`] was sent.
-    #[must_use]
-    pub fn into_task(self) -> JoinHandle<()> {
-        self.task
-    }
-}
 
 /// Names of `events.jsonl`, in its order.
 #[derive(Serialize)]
@@ -161,64 +75,117 @@ struct RunFiles {
     /// Where the files that grow are written, by names that begin with the run's: see [`Records`] for the lock.
     runs: Store,
     patience: Patience,
+    record: RecordFile,
     /// Read at the first need.
     growing: Option<Growing>,
+    grids: Grids,
+    /// Grids that lie in the store, and what is told of each when TensorBoard has it too.
+    settled: Vec<StoredGrid>,
     tensorboard: EventFile,
-    tensorboard_stored: Instant,
+    tensorboard_begun: Instant,
+    tensorboard_stored: Option<Instant>,
     tensorboard_files: u64,
-    /// The plot lacks points.
-    plot_stale: bool,
+    plot: PlotFile,
     sweeper: Sweeper,
     failed: bool,
 }
 
+/// What the writer does next.
+enum Wake {
+    Job(Job),
+    Stored(StoredGrid),
+    Due,
+}
+
 impl RunFiles {
     fn new(setup: WriterSetup) -> Self {
+        let store = setup.store.at(&layout::run_folder(&setup.run));
+        let patience = Patience { outage: OUTAGE, first_pause: FIRST_PAUSE, hurry: setup.hurry.clone() };
         Self {
-            store: setup.store.at(&layout::run_folder(&setup.run)),
+            grids: Grids::new(store.clone(), patience.clone(), setup.drawing),
+            store,
             runs: setup.store.at(layout::RUNS_FOLDER),
-            patience: Patience { outage: OUTAGE, first_pause: FIRST_PAUSE, hurry: setup.hurry.clone() },
-            setup,
+            patience,
+            record: RecordFile::new(setup.records.clone()),
             growing: None,
+            settled: Vec::new(),
             tensorboard: EventFile::default(),
-            tensorboard_stored: Instant::now(),
+            tensorboard_begun: Instant::now(),
+            tensorboard_stored: None,
             tensorboard_files: 0,
-            plot_stale: false,
+            plot: PlotFile::default(),
             sweeper: Sweeper::default(),
             failed: false,
+            setup,
         }
     }
 
-    async fn write(mut self, mut queue: mpsc::Receiver<Job>) {
+    async fn write(mut self, mut queue: Queue) {
         loop {
-            let job = match self.due() {
-                Some(due) => tokio::select! {
-                    biased;
-                    () = tokio::time::sleep_until(due) => None,
-                    job = queue.recv() => Some(job.unwrap_or(Job::Close)),
-                },
-                None => Some(queue.recv().await.unwrap_or(Job::Close)),
-            };
-            let ends = matches!(job, Some(Job::Close));
-            let result = match job {
-                Some(job) => self.work(job).await,
-                None => self.flush_lines(false).await,
+            let wake = self.wake(&mut queue).await;
+            let ends = matches!(wake, Wake::Job(Job::Close));
+            let result = match wake {
+                Wake::Job(job) => self.work(job).await,
+                Wake::Stored(grid) => {
+                    self.grid_stored(grid).await;
+                    Ok(())
+                }
+                Wake::Due => self.flush_due().await,
             };
             if let Err(error) = result {
                 self.report_failure(error).await;
             }
             if ends {
+                let (run, (most_jobs, most_bytes)) = (&self.setup.run, queue.most());
+                tracing::debug!(run, most_jobs, most_bytes, "the run's files are written");
                 return;
             }
         }
     }
 
+    async fn wake(&mut self, queue: &mut Queue) -> Wake {
+        let due = self.due();
+        tokio::select! {
+            biased;
+            grid = self.grids.next() => Wake::Stored(grid),
+            () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => Wake::Due,
+            job = queue.next() => Wake::Job(job),
+        }
+    }
+
     fn due(&self) -> Option<Instant> {
         let lines = self.growing.as_ref().map(|growing| [growing.events.due(), growing.metrics.due()]);
-        let tensorboard =
-            (!self.tensorboard.is_empty()).then(|| self.tensorboard_stored + TENSORBOARD_PERIOD);
+        let due = [self.tensorboard_due(), self.settled_due(), self.plot.due(), self.record.due()];
         // After a failure the run is over; only jobs are tried on.
-        lines.into_iter().flatten().flatten().chain(tensorboard).min().filter(|_| !self.failed)
+        lines.into_iter().flatten().chain(due).flatten().min().filter(|_| !self.failed)
+    }
+
+    fn tensorboard_due(&self) -> Option<Instant> {
+        (!self.tensorboard.is_empty()).then(|| self.tensorboard_begun + TENSORBOARD_PERIOD)
+    }
+
+    fn settled_due(&self) -> Option<Instant> {
+        let at = self.tensorboard_stored.map_or_else(Instant::now, |at| at + GRID_PERIOD);
+        (!self.settled.is_empty()).then_some(at)
+    }
+
+    async fn flush_due(&mut self) -> Result<(), String> {
+        let now = Instant::now();
+        self.flush_lines(|file| file.due().is_some_and(|at| at <= now)).await?;
+        if self.settled_due().is_some_and(|at| at <= now) {
+            self.settle().await;
+        }
+        if self.tensorboard_due().is_some_and(|at| at <= now) {
+            self.flush_tensorboard().await?;
+        }
+        if self.plot.due().is_some_and(|at| at <= now) {
+            self.flush_plot().await?;
+        }
+        if self.record.due().is_some_and(|at| at <= now) {
+            let saved = self.record.flush(&self.patience).await;
+            self.saved(saved).await?;
+        }
+        Ok(())
     }
 
     /// Jobs that somebody waits for report by themselves; the others fail the run.
@@ -227,7 +194,7 @@ impl RunFiles {
             Job::Save { record, first, acknowledge } => {
                 let fence = Fence { run: record.name.clone(), generation: record.generation };
                 let reserved = record.generations_reserved;
-                let outcome = self.save(&record, first).await;
+                let outcome = self.save(record, first, acknowledge).await;
                 if acknowledge {
                     self.tell(Event::RunSaved { fence, reserved, outcome }).await;
                     return Ok(());
@@ -237,13 +204,16 @@ impl RunFiles {
             Job::Event(event) => self.event(&event).await,
             Job::Metrics(line) => self.metrics(&line).await,
             Job::Rewind { step, lineage } => {
+                self.grids_through().await;
                 self.setup.lineage = lineage;
                 self.rewind(step).await
             }
             Job::Grid(grid) => {
-                let (fence, kind, step) = (grid.fence.clone(), grid.kind, grid.step);
-                let outcome = self.grid(grid).await;
-                self.tell(Event::GridSettled { fence, kind, step, outcome }).await;
+                while !self.grids.has_room() {
+                    let stored = self.grids.next().await;
+                    self.grid_stored(stored).await;
+                }
+                self.grids.begin(grid);
                 Ok(())
             }
             Job::Sweep { step, generation, retention } => {
@@ -255,7 +225,7 @@ impl RunFiles {
                 let mark =
                     CheckpointMark { step: manifest.step, weights_sha256: manifest.weights_sha256.clone() };
                 // Metrics first: whoever resumes from this checkpoint finds every line up to it.
-                let outcome = match self.flush_lines(true).await {
+                let outcome = match self.flush_lines_all().await {
                     Ok(()) => commit::commit(&self.store, &self.patience, &manifest).await,
                     Err(error) => Err(error),
                 };
@@ -271,13 +241,17 @@ impl RunFiles {
         }
     }
 
-    async fn save(&self, record: &RunRecord, first: bool) -> Result<(), String> {
+    async fn save(&mut self, record: Box<RunRecord>, first: bool, at_once: bool) -> Result<(), String> {
         let saved = if first {
             let patience = Patience { outage: OUTAGE_AT_SUBMIT, ..self.patience.clone() };
-            self.setup.records.create(&patience, record).await
+            self.record.create(&patience, &record).await
         } else {
-            self.setup.records.save(&self.patience, record).await
+            self.record.save(&self.patience, record, at_once).await
         };
+        self.saved(saved).await
+    }
+
+    async fn saved(&self, saved: Result<(), SaveError>) -> Result<(), String> {
         if let Err(SaveError::Lost(object)) = saved {
             if self.setup.owner.send(Message::StoreLost { object }).await.is_err() {
                 tracing::debug!(run = self.setup.run, "the coordinator has ended before it heard of its end");
@@ -316,10 +290,10 @@ impl RunFiles {
             ("images_per_s", line.images_per_s),
         ];
         if self.tensorboard.is_empty() {
-            self.tensorboard_stored = Instant::now();
+            self.tensorboard_begun = Instant::now();
         }
         self.tensorboard.scalars(self.setup.owner.now().unix_s(), line.step, &scalars);
-        self.plot_stale = true;
+        self.plot.is_stale = true;
         Ok(())
     }
 
@@ -332,7 +306,7 @@ impl RunFiles {
             growing.metrics.truncate(kept);
             let now_s = self.setup.owner.now().unix_s();
             self.tensorboard.restart(now_s, step + 1);
-            self.plot_stale = true;
+            self.plot.is_stale = true;
         }
         self.remove_later_grids(step).await?;
         self.cut_tensorboard(step).await
@@ -366,26 +340,53 @@ impl RunFiles {
         Ok(())
     }
 
-    async fn grid(&mut self, grid: Grid) -> Result<(), String> {
-        let (kind, step) = (grid.kind, grid.step);
-        let encode = move || {
-            let picture = crate::samples::stitch(&grid);
-            crate::samples::png(&picture)
-                .map(|png| ((picture.height, picture.width), bytes::Bytes::from(png)))
-        };
-        let (size, png) = self.setup.drawing.draw(encode).await?;
-        let (object, tag) = match kind {
-            GridKind::Generated => (layout::sample_file(step), "samples"),
-            GridKind::Reals => (layout::REALS_FILE.to_owned(), "reals"),
-        };
-        persist(&self.patience, || self.store.put(&object, png.clone())).await?;
-        let now_s = self.setup.owner.now().unix_s();
-        self.tensorboard.image(now_s, step, tag, size, png.to_vec());
+    /// A grid lies in the store. At a slow pace all that goes with it is written at once, else a few times a second.
+    async fn grid_stored(&mut self, grid: StoredGrid) {
+        if let Ok((size, png)) = &grid.outcome {
+            if self.tensorboard.is_empty() {
+                self.tensorboard_begun = Instant::now();
+            }
+            let tag = match grid.kind {
+                GridKind::Generated => "samples",
+                GridKind::Reals => "reals",
+            };
+            self.tensorboard.image(self.setup.owner.now().unix_s(), grid.step, tag, *size, png.to_vec());
+        }
+        self.settled.push(grid);
+        if self.settled_due().is_some_and(|at| at <= Instant::now()) {
+            self.settle().await;
+        }
+    }
+
+    /// Writes what goes with the stored grids, and says that they are stored.
+    async fn settle(&mut self) {
+        let written = self.write_with_grids().await;
+        for StoredGrid { fence, kind, step, outcome } in std::mem::take(&mut self.settled) {
+            let outcome = outcome.map(|_| ()).and_then(|()| written.clone());
+            self.tell(Event::GridSettled { fence, kind, step, outcome }).await;
+        }
+    }
+
+    async fn write_with_grids(&mut self) -> Result<(), String> {
         self.flush_tensorboard().await?;
+        let now = Instant::now();
         // Small files are whole at every grid; large ones keep to their period.
-        let small = self.growing().await?.metrics.size_bytes() < SMALL_BYTES;
-        self.flush_lines(small).await?;
-        self.flush_plot().await
+        let small = |file: &LineFile| file.size_bytes() < SMALL_BYTES && file.stored() + SMALL_PERIOD <= now;
+        self.growing().await?;
+        self.flush_lines(|file| small(file) || file.due().is_some_and(|at| at <= now)).await?;
+        self.plot.is_wanted = true;
+        if self.plot.due().is_some_and(|at| at <= now) { self.flush_plot().await } else { Ok(()) }
+    }
+
+    /// Waits for the grids that are under way.
+    async fn grids_through(&mut self) {
+        while !self.grids.is_empty() {
+            let grid = self.grids.next().await;
+            self.grid_stored(grid).await;
+        }
+        if !self.settled.is_empty() {
+            self.settle().await;
+        }
     }
 
     async fn growing(&mut self) -> Result<&mut Growing, String> {
@@ -409,33 +410,33 @@ impl RunFiles {
             }
             metrics.truncate(points.len());
             // Whoever wrote these lines may have died before it drew them.
-            self.plot_stale |= !points.is_empty();
+            self.plot.is_stale |= !points.is_empty();
             self.growing = Some(Growing { events, metrics, points });
         }
         self.growing.as_mut().ok_or_else(|| "the run's files are not open".to_owned())
     }
 
-    async fn flush_lines(&mut self, all: bool) -> Result<(), String> {
-        let now = Instant::now();
-        let due = |at: Option<Instant>| all || at.is_some_and(|at| at <= now);
-        if let Some(growing) = &mut self.growing {
-            if due(growing.events.due()) {
-                growing.events.flush(&self.runs, &self.patience).await?;
-            }
-            if due(growing.metrics.due()) && growing.metrics.flush(&self.runs, &self.patience).await? {
-                let step = growing.points.last().map_or(0, |point| point.step);
-                let (run, lineage) = (self.setup.run.clone(), self.setup.lineage);
-                self.tell(Event::MetricsStored { run, step, lineage }).await;
-            }
+    /// Stores those of the two files that are to be.
+    async fn flush_lines(&mut self, is_due: impl Fn(&LineFile) -> bool) -> Result<(), String> {
+        let Some(growing) = &mut self.growing else { return Ok(()) };
+        if is_due(&growing.events) {
+            growing.events.flush(&self.runs, &self.patience).await?;
         }
-        if all || self.tensorboard_stored + TENSORBOARD_PERIOD <= now {
-            self.flush_tensorboard().await?;
+        if is_due(&growing.metrics) && growing.metrics.flush(&self.runs, &self.patience).await? {
+            let step = growing.points.last().map_or(0, |point| point.step);
+            let (run, lineage) = (self.setup.run.clone(), self.setup.lineage);
+            self.tell(Event::MetricsStored { run, step, lineage }).await;
         }
         Ok(())
     }
 
+    async fn flush_lines_all(&mut self) -> Result<(), String> {
+        self.flush_lines(|_| true).await?;
+        self.flush_tensorboard().await
+    }
+
     async fn flush_tensorboard(&mut self) -> Result<(), String> {
-        self.tensorboard_stored = Instant::now();
+        self.tensorboard_stored = Some(Instant::now());
         if self.tensorboard.is_empty() {
             return Ok(());
         }
@@ -450,18 +451,17 @@ impl RunFiles {
     }
 
     async fn flush_all(&mut self) -> Result<(), String> {
-        self.flush_lines(true).await?;
+        self.grids_through().await;
+        self.flush_lines_all().await?;
+        let saved = self.record.flush(&self.patience).await;
+        self.saved(saved).await?;
         self.flush_plot().await
     }
 
     async fn flush_plot(&mut self) -> Result<(), String> {
-        let Some(growing) = self.growing.as_ref().filter(|_| self.plot_stale) else { return Ok(()) };
-        let (title, points) = (self.setup.title.clone(), growing.points.clone());
-        let drawn = self.setup.drawing.draw(move || plot::draw(&title, &points)).await?;
-        let png = bytes::Bytes::from(drawn);
-        persist(&self.patience, || self.store.put(layout::PLOT_FILE, png.clone())).await?;
-        self.plot_stale = false;
-        Ok(())
+        let Some(growing) = self.growing.as_ref() else { return Ok(()) };
+        let (store, patience) = (&self.store, &self.patience);
+        self.plot.flush(&self.setup.title, &growing.points, self.setup.drawing, store, patience).await
     }
 
     async fn report_failure(&mut self, message: String) {

@@ -20,6 +20,7 @@ mod connections;
 mod control;
 mod convert;
 mod datasets;
+mod directives;
 mod drawing;
 mod files;
 pub mod lease;

@@ -4,7 +4,9 @@
 //! price is that nothing in it may wait: stores, pictures and slow clients are served by other tasks, behind
 //! bounded queues, and what they did comes back as an event.
 
-use std::collections::HashMap;
+mod watching;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,11 +18,13 @@ use takuma_proto::v1;
 use takuma_store::Store;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::channels::{LogSubscription, RunChannels, Subscription};
 use crate::clock::Clock;
 use crate::convert;
+use crate::directives::DirectiveSender;
 use crate::drawing::Drawing;
 use crate::files::{Job, Records, Writer, WriterSetup};
 
@@ -66,7 +70,7 @@ pub struct StoreLost {
 /// The owner's end of a worker's session.
 pub struct Seat {
     /// Directives to the worker; one that does not drain it is cut.
-    pub directives: mpsc::Sender<v1::WorkerDirective>,
+    pub directives: DirectiveSender,
     /// Cancelled when the session is to end.
     pub closed: CancellationToken,
     /// Told whether the worker may stay.
@@ -107,6 +111,7 @@ impl Owner {
             writers: HashMap::new(),
             closing: HashMap::new(),
             channels: HashMap::new(),
+            unshown: BTreeMap::new(),
             hurry: CancellationToken::new(),
         };
         (owner, tokio::spawn(state.run(inbox)))
@@ -210,6 +215,8 @@ struct State {
     /// Writers that were told to end and may still be at work.
     closing: HashMap<String, JoinHandle<()>>,
     channels: HashMap<String, RunChannels>,
+    /// Runs whose newest state nobody was shown, and when it is to be.
+    unshown: BTreeMap<String, Instant>,
     hurry: CancellationToken,
 }
 
@@ -217,18 +224,27 @@ impl State {
     async fn run(mut self, mut inbox: mpsc::Receiver<Message>) -> Result<(), StoreLost> {
         loop {
             let deadline = self.cluster.next_deadline();
-            let pause = deadline.map(|at| self.owner.clock.until(at));
+            let now = Instant::now();
+            let deadline = deadline.map(|at| now + self.owner.clock.until(at));
+            let wake = deadline.into_iter().chain(self.unshown.values().copied()).min();
             let message = tokio::select! {
                 // Messages first: a heartbeat that has come in must count before its deadline does.
                 biased;
                 message = inbox.recv() => message,
-                () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Some(Message::Event(Event::Ticked)),
+                () = tokio::time::sleep_until(wake.unwrap_or(now)), if wake.is_some() => {
+                    self.show_due();
+                    if deadline.is_none_or(|at| at > Instant::now()) {
+                        continue;
+                    }
+                    Some(Message::Event(Event::Ticked))
+                }
             };
             match message {
                 Some(Message::Shutdown) | None => break,
                 Some(Message::StoreLost { object }) => return Err(self.abandon(object)),
                 Some(message) => self.handle(message),
             }
+            self.show_due();
         }
         self.shut_down(inbox).await
     }
@@ -254,7 +270,10 @@ impl State {
                 self.apply(event(request));
             }
             Message::Query(read) => read(&self.cluster),
-            Message::Watch { run, reply } => answer(reply, self.channels_of(&run).map(|run| run.subscribe())),
+            Message::Watch { run, reply } => {
+                self.show_all();
+                answer(reply, self.channels_of(&run).map(|run| run.subscribe()));
+            }
             Message::Logs { run, reply } => {
                 answer(reply, self.channels_of(&run).map(|run| run.subscribe_logs()))
             }
@@ -324,7 +343,7 @@ impl State {
 
     fn direct(&mut self, session: SessionId, directive: v1::WorkerDirective) {
         let Some(seat) = self.seats.get(&session) else { return };
-        if seat.directives.try_send(directive).is_ok() {
+        if seat.directives.send(directive) {
             return;
         }
         // The session's reader sees it and tells the core.
@@ -389,44 +408,9 @@ impl State {
         }
     }
 
-    fn publish(&mut self, run: &str) {
-        let Some(view) = self.cluster.run_view(run) else {
-            self.channels.remove(run);
-            return;
-        };
-        let view = convert::run_view(&view, self.store.url());
-        if let Some(channels) = self.channels_by_name(run) {
-            channels.publish(view);
-        }
-    }
-
-    fn log(&mut self, session: SessionId, mut line: v1::LogLine) {
-        let workers = self.cluster.worker_name(session);
-        let Some(worker) = workers else { return };
-        line.worker = worker;
-        let (run, rank, step, worker) = (&line.run, line.rank, line.step, &line.worker);
-        tracing::debug!(run, rank, step, generation = line.generation, worker, "{}", line.message);
-        let run = line.run.clone();
-        if let Some(channels) = self.channels_by_name(&run) {
-            channels.line(line);
-        }
-    }
-
-    fn channels_of(&mut self, prefix: &str) -> Result<&mut RunChannels, Refusal> {
-        let name = self.cluster.resolve(prefix)?;
-        self.channels_by_name(&name).ok_or_else(|| Refusal::NotFound(format!("there is no run '{prefix}'")))
-    }
-
-    fn channels_by_name(&mut self, run: &str) -> Option<&mut RunChannels> {
-        if !self.channels.contains_key(run) {
-            let view = convert::run_view(&self.cluster.run_view(run)?, self.store.url());
-            self.channels.insert(run.to_owned(), RunChannels::new(view));
-        }
-        self.channels.get_mut(run)
-    }
-
     async fn shut_down(mut self, mut inbox: mpsc::Receiver<Message>) -> Result<(), StoreLost> {
         self.apply(Event::ShutDown);
+        self.show_all();
         // Dropping the seats ends the sessions once their last directives are sent.
         self.seats.clear();
         self.channels.clear();

@@ -54,7 +54,7 @@ pub fn stitch(grid: &Grid) -> Picture {
 /// In words; only if the picture's sizes do not match its pixels.
 pub fn png(picture: &Picture) -> Result<Vec<u8>, String> {
     let mut file = Vec::new();
-    PngEncoder::new_with_quality(&mut file, CompressionType::Default, FilterType::Adaptive)
+    PngEncoder::new_with_quality(&mut file, CompressionType::Fast, FilterType::Adaptive)
         .write_image(&picture.pixels, picture.width, picture.height, ExtendedColorType::Rgb8)
         .map_err(|error| format!("the picture cannot be encoded: {error}"))?;
     Ok(file)

@@ -6,20 +6,17 @@ use takuma_core::event::{Event, Refusal, SessionId};
 use takuma_proto::v1::cluster_server::Cluster;
 use takuma_proto::v1::worker_message::Message as Wire;
 use takuma_proto::{PROTOCOL_VERSION, v1};
-use tokio::sync::{mpsc, oneshot};
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::convert;
+use crate::directives::{self, DirectiveStream};
 use crate::owner::{Message, Owner, Seat};
 use crate::status::from_refusal;
 
 /// A worker says hello at once, or it is none.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Directives that a worker has not taken yet. It takes them from a task of its own, so more means it is stuck.
-const MAX_DIRECTIVES: usize = 64;
 /// Longer log messages are cut.
 const MAX_LOG_BYTES: usize = 4_096;
 
@@ -37,14 +34,9 @@ impl ClusterService {
     }
 }
 
-type Directives = tokio_stream::adapters::Map<
-    ReceiverStream<v1::WorkerDirective>,
-    fn(v1::WorkerDirective) -> Result<v1::WorkerDirective, Status>,
->;
-
 #[tonic::async_trait]
 impl Cluster for ClusterService {
-    type SessionStream = Directives;
+    type SessionStream = DirectiveStream;
 
     async fn session(
         &self,
@@ -53,7 +45,7 @@ impl Cluster for ClusterService {
         let mut messages = request.into_inner();
         let hello = first_hello(&mut messages).await.map_err(|refusal| from_refusal(&refusal))?;
         check_protocol("worker", hello.protocol_version).map_err(|refusal| from_refusal(&refusal))?;
-        let (directives, outgoing) = mpsc::channel(MAX_DIRECTIVES);
+        let (directives, outgoing) = directives::queue();
         let (admitted, admission) = oneshot::channel();
         let closed = CancellationToken::new();
         let session = self.owner.new_session();
@@ -68,8 +60,7 @@ impl Cluster for ClusterService {
         }
         // Named: session reader. Ends with the session or the coordinator; a fault of its own ends the session.
         tokio::spawn(read(self.owner.clone(), session, messages, closed));
-        let stream: Directives = ReceiverStream::new(outgoing).map(Ok);
-        Ok(Response::new(stream))
+        Ok(Response::new(outgoing))
     }
 }
 

@@ -1,15 +1,20 @@
 //! Streams to clients. A slow client gets the latest view and is told how many events it missed; it never
 //! makes anybody wait.
 
+use std::time::Duration;
+
 use takuma_core::event::Refusal;
 use takuma_proto::v1;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, mpsc, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use crate::channels::{LogSubscription, Subscription};
 
+/// A client gets a new state so often at most: a screen shows ten a second. Every step is in `metrics.jsonl`.
+const UPDATE_PERIOD: Duration = Duration::from_millis(100);
 /// Updates on their way to a client; after these it gets the latest state instead of every one.
 const MAX_UPDATES: usize = 4;
 const MAX_LINES: usize = 64;
@@ -27,8 +32,15 @@ pub fn watch(subscription: Subscription) -> ReceiverStream<Result<v1::RunUpdate,
             drain(&mut events, &mut pending);
             let ended = has_ended(&run);
             let update = v1::RunUpdate { run: Some(run), events: std::mem::take(&mut pending) };
+            let next = Instant::now() + UPDATE_PERIOD;
             if updates.send(Ok(update)).await.is_err() || ended || view.changed().await.is_err() {
                 return;
+            }
+            tokio::select! {
+                biased;
+                // The end is told at once, and so is that of the coordinator.
+                _ = async { view.wait_for(has_ended).await.is_ok() } => {}
+                () = tokio::time::sleep_until(next) => {}
             }
         }
     });

@@ -12,7 +12,7 @@ use support::cluster::{Cluster, in_paused_time};
 use takuma_core::config::RunConfig;
 use tokio::time::sleep;
 
-/// Twenty steps a second: what the coordinator's queue is made for.
+/// Twenty steps a second: what a strong processor reaches with the small recipe.
 const FAST: Duration = Duration::from_millis(50);
 const OUTAGE: Duration = Duration::from_secs(600);
 

@@ -23,6 +23,7 @@ mod intake;
 pub mod layout;
 mod lifecycle;
 mod losses;
+mod means;
 pub mod membership;
 pub mod names;
 pub mod noise;

@@ -4,7 +4,7 @@ use crate::cluster::Cluster;
 use crate::event::{Action, Directive, Fence, Formed, Prepare, SessionId, StateSource, When};
 use crate::ids::Generation;
 use crate::record::RunStatus;
-use crate::run::{Group, Member, Stage};
+use crate::run::{Group, MAX_OPEN_GRIDS, Member, Stage};
 
 /// Generations are reserved in the store ahead of time, so that a group need not wait for the store before
 /// it goes on. So many groups may be formed while the store is away.
@@ -200,8 +200,8 @@ impl Cluster {
     pub(crate) fn tell_kept(&mut self, session: SessionId, name: &str, resend: bool) {
         let Some(run) = self.runs.get(name) else { return };
         let stored = &run.results.stored;
-        // Members keep only the newest grids, so only those are of interest.
-        let grids = stored.grids.iter().rev().take(16).copied().collect();
+        // Members keep tiles of so many grids at most, so only the newest ones are of interest.
+        let grids = stored.grids.iter().rev().take(MAX_OPEN_GRIDS).copied().collect();
         let directive =
             Directive::Kept { run: name.to_owned(), step: stored.step, grids, reals: stored.reals, resend };
         self.direct(session, directive);

@@ -9,16 +9,15 @@ use crate::event::{
 };
 use crate::ids::{Generation, Step};
 use crate::losses::Suspicion;
+pub use crate::means::Means;
 use crate::record::{RunRecord, RunStatus};
 use crate::slots::SlotRange;
 use crate::stragglers::Pace;
 use crate::time::Timestamp;
 
-/// Weight of the newest step in the running means: about the last 20 steps count.
-const MEAN_WEIGHT: f64 = 0.1;
 /// Grids that are begun and not whole: as many as a worker keeps tiles for. After an absence of the coordinator one
 /// member may send all of its tiles before the next one sends any.
-const MAX_OPEN_GRIDS: usize = 64;
+pub const MAX_OPEN_GRIDS: usize = 224;
 /// Limits against absurd tiles: 4096 cells, images of 1024 pixels, 256 MiB in all.
 const MAX_CELLS: u32 = 4096;
 const MAX_SIDE: u32 = 1024;
@@ -153,35 +152,6 @@ impl Run {
         let own = self.record.checkpoint.as_ref().map(|mark| mark.step);
         let step = own.or(self.record.origin.as_ref().map(|origin| origin.step));
         step.map_or((0, StateSource::Fresh), |step| (step, StateSource::Checkpoint(step)))
-    }
-}
-
-/// Exponential means of step times, in seconds.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Means {
-    /// From one report to the next, pauses for grids and checkpoints included: what an ETA needs.
-    pub pace_s: Option<f64>,
-    /// The steps' own time.
-    pub step_s: Option<f64>,
-    /// Of that, computing.
-    pub compute_s: Option<f64>,
-    /// Of that, waiting for images.
-    pub data_s: Option<f64>,
-    /// Of that, waiting for the exchange.
-    pub exchange_s: Option<f64>,
-}
-
-impl Means {
-    /// Takes in a step that was reported `interval_s` after the one before.
-    pub fn add(&mut self, line: &MetricsLine, interval_s: f64) {
-        let mix = |mean: &mut Option<f64>, value: f64| {
-            *mean = Some(mean.map_or(value, |mean| mean + MEAN_WEIGHT * (value - mean)));
-        };
-        mix(&mut self.pace_s, interval_s);
-        mix(&mut self.step_s, line.step_s);
-        mix(&mut self.compute_s, line.compute_s);
-        mix(&mut self.data_s, line.data_s);
-        mix(&mut self.exchange_s, line.exchange_s);
     }
 }
 

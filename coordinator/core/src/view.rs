@@ -90,6 +90,12 @@ impl Cluster {
         self.runs.get(name).map(|run| self.view(run))
     }
 
+    /// Where a run stands, by its full name.
+    #[must_use]
+    pub fn run_status(&self, name: &str) -> Option<RunStatus> {
+        self.runs.get(name).map(|run| run.record.status)
+    }
+
     /// The run that workers are busy with.
     #[must_use]
     pub fn active(&self) -> Option<&str> {

@@ -15,6 +15,12 @@ use super::persist::{Patience, persist};
 const SHORTEST_PERIOD: Duration = Duration::from_secs(2);
 /// For every so many bytes the period grows by its shortest form: at most 128 KiB are rewritten per second.
 const BYTES_PER_PERIOD: u64 = 256 << 10;
+/// A file that grows fast is not waited for so long: each rewrite has at least an eighth of new lines, so all rewrites
+/// together are some nine times the file.
+const SHARE_THAT_WAITS: usize = 8;
+const LEAST_THAT_WAITS: usize = 1 << 20;
+/// Workers keep the lines until they are stored, and these are fewer than they can keep.
+const MOST_THAT_WAITS: usize = 12 << 20;
 
 /// The file's content and how much of it the store has.
 #[derive(Debug)]
@@ -70,12 +76,26 @@ impl LineFile {
         }
     }
 
+    /// When it was stored last.
+    #[must_use]
+    pub fn stored(&self) -> Instant {
+        self.stored
+    }
+
     /// When the content should be stored next; `None` while the store has all of it.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
-        let periods = 1 + self.content.len() as u64 / BYTES_PER_PERIOD;
+        let size = self.content.len();
+        let unstored = size.checked_sub(self.stored_bytes).unwrap_or(size);
+        if unstored == 0 {
+            return None;
+        }
+        if unstored >= (size / SHARE_THAT_WAITS).clamp(LEAST_THAT_WAITS, MOST_THAT_WAITS) {
+            return Some(self.stored + SHORTEST_PERIOD);
+        }
+        let periods = 1 + size as u64 / BYTES_PER_PERIOD;
         let period = SHORTEST_PERIOD * u32::try_from(periods).unwrap_or(u32::MAX);
-        (self.stored_bytes != self.content.len()).then(|| self.stored + period)
+        Some(self.stored + period)
     }
 
     /// Stores the content, if the store lacks any of it; `false` if it had all.

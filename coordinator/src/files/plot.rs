@@ -1,12 +1,22 @@
 //! The cost-vs-iteration plot: both losses against the iteration, raw in light and smoothed in strong lines.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use plotters::prelude::*;
 use plotters::style::register_font;
+use takuma_core::layout;
+use takuma_store::Store;
+use tokio::time::Instant;
 
+use super::persist::{Patience, persist};
+use crate::drawing::Drawing;
 use crate::samples::{Picture, png};
 
+/// Nobody looks more often.
+const SHORTEST_PERIOD: Duration = Duration::from_secs(2);
+/// Drawing takes a twentieth of the time at most: a long run has many points.
+const PERIODS_OF_DRAWING: u32 = 20;
 const WIDTH: u32 = 1200;
 const HEIGHT: u32 = 720;
 const FONT: &str = "sans-serif";
@@ -30,6 +40,48 @@ pub struct Point {
     pub d_loss: f64,
     /// Generator.
     pub g_loss: f64,
+}
+
+/// The plot in the store.
+#[derive(Debug, Default)]
+pub struct PlotFile {
+    /// It lacks points.
+    pub is_stale: bool,
+    /// Somebody would like to see them.
+    pub is_wanted: bool,
+    not_before: Option<Instant>,
+}
+
+impl PlotFile {
+    /// When it should be drawn next; `None` while nobody wants it, or it has all points.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        (self.is_stale && self.is_wanted).then(|| self.not_before.unwrap_or_else(Instant::now))
+    }
+
+    /// Draws and stores it, if it lacks points.
+    ///
+    /// # Errors
+    /// In words: it cannot be drawn, or the store's last error.
+    pub async fn flush(
+        &mut self,
+        title: &str,
+        points: &[Point],
+        drawing: Drawing,
+        store: &Store,
+        patience: &Patience,
+    ) -> Result<(), String> {
+        if !self.is_stale {
+            return Ok(());
+        }
+        let (began, title, points) = (Instant::now(), title.to_owned(), points.to_vec());
+        let png = bytes::Bytes::from(drawing.draw(move || draw(&title, &points)).await?);
+        let period = (began.elapsed() * PERIODS_OF_DRAWING).max(SHORTEST_PERIOD);
+        persist(patience, || store.put(layout::PLOT_FILE, png.clone())).await?;
+        self.not_before = Some(Instant::now() + period);
+        (self.is_stale, self.is_wanted) = (false, false);
+        Ok(())
+    }
 }
 
 /// Draws the plot as a PNG.

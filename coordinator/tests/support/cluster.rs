@@ -48,9 +48,11 @@ impl Default for Cluster {
 }
 
 impl Cluster {
-    /// Starts coordinator after coordinator, and a worker. They end with the runtime.
-    pub fn start(&self, pace: Duration) {
+    /// Starts coordinator after coordinator, and a worker. They end with the runtime. Returns the most reports and
+    /// tiles that the worker ever kept.
+    pub fn start(&self, pace: Duration) -> Arc<[AtomicUsize; 2]> {
         let trainer = Trainer::new(self.door.clone(), self.store.clone(), pace);
+        let most_kept = trainer.most_kept();
         tokio::spawn(trainer.work());
         let (store, faults, door) = (self.store.clone(), Arc::clone(&self.faults), self.door.clone());
         let lives = Arc::clone(&self.lives);
@@ -72,6 +74,7 @@ impl Cluster {
                 sleep(RESTART).await;
             }
         });
+        most_kept
     }
 
     /// Submits the run and waits for its end. Like a person, it asks again when it gets no answer.

@@ -10,6 +10,7 @@ pub mod trainer;
 mod worker;
 
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use takuma_coordinator::{Options, ServerError};
@@ -89,6 +90,8 @@ pub struct Server {
     pub control: ControlClient<Channel>,
     pub stop: CancellationToken,
     pub task: JoinHandle<Result<(), ServerError>>,
+    /// What a child process has logged, a line of JSON each.
+    pub log: Arc<Mutex<Vec<String>>>,
 }
 
 impl Server {
@@ -103,13 +106,19 @@ impl Server {
         let task = tokio::spawn(serving);
         let connect = ControlClient::connect(format!("http://{address}"));
         let control = soon("the connection", connect).await.unwrap();
-        Self { address, control, stop, task }
+        Self { address, control, stop, task, log: Arc::default() }
     }
 
     /// The real binary, as a child process that a test can kill.
     pub async fn spawn(place: &Place) -> (Self, tokio::process::Child) {
+        Self::spawn_with(place.store.url(), &[]).await
+    }
+
+    /// The same on any store, with variables that it needs.
+    pub async fn spawn_with(store_url: &str, env: &[(&str, String)]) -> (Self, tokio::process::Child) {
         let mut child = tokio::process::Command::new(env!("CARGO_BIN_EXE_takuma-coordinator"))
-            .args(["--listen", "127.0.0.1:0", "--log-format", "json", "--store", place.store.url()])
+            .args(["--listen", "127.0.0.1:0", "--log-format", "json", "--store", store_url])
+            .envs(env.iter().map(|(name, value)| (name, value)))
             .stderr(std::process::Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -125,14 +134,17 @@ impl Server {
                 break address.parse().unwrap();
             }
         };
-        // Its log must go somewhere, or the pipe fills up.
+        let log = Arc::<Mutex<Vec<String>>>::default();
+        let kept = Arc::clone(&log);
         let task = tokio::spawn(async move {
-            while let Ok(Some(_)) = lines.next_line().await {}
+            while let Ok(Some(line)) = lines.next_line().await {
+                kept.lock().unwrap().push(line);
+            }
             Ok(())
         });
         let connect = ControlClient::connect(format!("http://{address}"));
         let control = soon("the connection", connect).await.unwrap();
-        (Self { address, control, stop: CancellationToken::new(), task }, child)
+        (Self { address, control, stop: CancellationToken::new(), task, log }, child)
     }
 
     pub async fn stop(self) {
@@ -256,4 +268,11 @@ pub async fn training(server: &mut Server, place: &Place) -> (Worker, Worker, [v
     a.report(&prepares[0], 2).await;
     server.until("calm-otter-3", |view| view.step == 2).await;
     (a, b, prepares)
+}
+
+/// The most jobs that ever waited for a run's writer, and the most bytes of grids, as the writer logs at its end.
+pub fn most_that_waited(log: &[String]) -> Option<(u64, u64)> {
+    let lines = log.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let told = |line: serde_json::Value| Some((line["most_jobs"].as_u64()?, line["most_bytes"].as_u64()?));
+    lines.filter_map(told).next_back()
 }

@@ -2,6 +2,8 @@
 //! and comes back to whatever coordinator there is. It computes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use takuma_core::checkpoint::CHECKPOINT_PARTS;
@@ -22,9 +24,16 @@ use super::worker::membership;
 
 /// Between two tries to reach a coordinator.
 const RETRY: Duration = Duration::from_secs(1);
+/// As in worker/src/trainer/spool.rs: more is lost; from the second and third on each step ends with the pause.
+const MAX_KEPT: [usize; 2] = [100_000, 224];
+const MANY_REPORTS: usize = 75_000;
+const MANY_TILES: usize = 160;
+const PAUSE: Duration = Duration::from_secs(1);
 /// Cells of a grid, and the side of each: small, since thousands of grids are made.
 const CELLS: u32 = 64;
 const SIDE: u32 = 4;
+/// Of one grid.
+pub const GRID_BYTES: u64 = (CELLS * SIDE * SIDE) as u64;
 
 /// What one session has sent already.
 #[derive(Default)]
@@ -57,12 +66,18 @@ pub struct Trainer {
     store: Store,
     pace: Duration,
     member: Option<Member>,
+    most: Arc<[AtomicUsize; 2]>,
 }
 
 impl Trainer {
     /// A worker that uploads to `store` and needs `pace` for a step.
     pub fn new(door: Door, store: Store, pace: Duration) -> Self {
-        Self { door, store, pace, member: None }
+        Self { door, store, pace, member: None, most: Arc::default() }
+    }
+
+    /// The most reports and the most tiles that it ever kept.
+    pub fn most_kept(&self) -> Arc<[AtomicUsize; 2]> {
+        Arc::clone(&self.most)
     }
 
     /// Works until it is dropped.
@@ -86,7 +101,9 @@ impl Trainer {
 
     fn next_step(&self) -> Option<Instant> {
         let member = self.member.as_ref()?;
-        (member.training && member.step < member.prepare.target_steps).then_some(member.next_step)
+        let [reports, tiles] = member.kept_now();
+        let pause = if reports >= MANY_REPORTS || tiles >= MANY_TILES { PAUSE } else { Duration::ZERO };
+        (member.training && member.step < member.prepare.target_steps).then_some(member.next_step + pause)
     }
 
     /// One session, to its end; `None` if none came about.
@@ -210,10 +227,15 @@ impl Trainer {
         let (store, pace) = (self.store.clone(), self.pace);
         let Some(member) = &mut self.member else { return };
         member.step += 1;
-        member.next_step += pace;
+        // After a pause the steps that did not take place are not made up for.
+        member.next_step = (member.next_step + pace).max(Instant::now());
         let step = member.step;
         member.reports.insert(step, report(step));
         member.grids_due(step);
+        for ((kept, most), bound) in member.kept_now().into_iter().zip(&*self.most).zip(MAX_KEPT) {
+            most.fetch_max(kept, Ordering::Relaxed);
+            assert!(kept <= bound, "a worker loses what it can keep no longer");
+        }
         let last = step == member.prepare.target_steps;
         if last || step.is_multiple_of(member.config.checkpoint_every) {
             let folder =
@@ -283,6 +305,10 @@ impl Member {
             };
             self.tiles.insert((step, kind.into()), tile);
         }
+    }
+
+    fn kept_now(&self) -> [usize; 2] {
+        [self.reports.len(), self.tiles.len()]
     }
 
     fn kept(&mut self, kept: &v1::Kept) {

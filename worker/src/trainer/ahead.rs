@@ -55,6 +55,7 @@ impl Trainer {
                 if next == first {
                     tracing::info!("alone, so whole steps are handed over from step {} on", first + 1);
                 }
+                self.parts.spool.pace();
                 pending.push_back(self.hand_over(next)?);
                 next += 1;
             }

@@ -3,9 +3,13 @@
 //! The trainer puts results in and never waits for the network; the session takes out what it has not sent
 //! yet. A new session, or a new rank 0, sends again what was not confirmed as stored. Every rank keeps the
 //! metrics, since all know them and any may be rank 0 next.
+//!
+//! What waits is bounded: while much of it does, since the store is away, each step ends with a pause of a second. So
+//! what is left of the room lasts for longer than anybody waits for a store.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use takuma_proto::v1::worker_message::Message;
 use takuma_proto::v1::{CheckpointUploaded, Kept, SampleTile, StepReport, sample_tile};
@@ -15,8 +19,16 @@ use crate::checkpoint::Finished;
 
 /// Metrics that wait for the store: hours of a coordinator's absence at a step a second.
 const MAX_REPORTS: usize = 100_000;
-/// Grids whose part waits; each part is less than a megabyte.
-const MAX_TILES: usize = 64;
+/// From here on each step pauses. The coordinator rewrites its file of metrics before so many lines are new in it.
+const MANY_REPORTS: usize = 75_000;
+/// Grids whose part waits. The coordinator takes as many that are begun.
+const MAX_TILES: usize = 224;
+/// From here on each step pauses: the grids of a whole run of dcgan-celeba, which a GPU makes in seconds.
+const MANY_TILES: usize = 160;
+/// Pixels that wait, for grids that are larger than 64 images of 64x64.
+const MANY_TILE_BYTES: usize = 128 << 20;
+/// A longer one would look to the other members like a worker that is gone.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Checkpoints that were uploaded and not confirmed.
 const MAX_UPLOADS: usize = 8;
 /// Messages of one kind in one go, so that heartbeats are not kept waiting behind a long backlog.
@@ -43,6 +55,8 @@ pub struct Spool {
 struct Shared {
     inner: Mutex<Inner>,
     changed: Notify,
+    /// Told when the store has more of it.
+    room: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +73,16 @@ struct Inner {
     kept: Kept,
     committed: u64,
     sent: Sent,
+    /// Steps pause at present.
+    pauses: bool,
+}
+
+impl Inner {
+    /// Whether so much waits that training has to.
+    fn is_crowded(&self) -> bool {
+        let bytes = || self.tiles.values().map(|tile| tile.pixels.len()).sum::<usize>();
+        self.reports.len() >= MANY_REPORTS || self.tiles.len() >= MANY_TILES || bytes() >= MANY_TILE_BYTES
+    }
 }
 
 /// What the present session has sent.
@@ -75,7 +99,8 @@ impl Spool {
     #[must_use]
     pub fn new(stamp: Stamp) -> Self {
         let inner = Inner { stamp, ..Inner::default() };
-        Self { shared: Arc::new(Shared { inner: Mutex::new(inner), changed: Notify::new() }) }
+        let shared = Shared { inner: Mutex::new(inner), changed: Notify::new(), room: Condvar::new() };
+        Self { shared: Arc::new(shared) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -113,6 +138,26 @@ impl Spool {
     /// A new session: nothing was sent in it yet.
     pub fn rewind(&self) {
         self.change(|inner| inner.sent = Sent::default());
+    }
+
+    /// Ends a step of the trainer's thread: waits for a second while much waits for the store, and only as long as that
+    /// lasts.
+    pub fn pace(&self) {
+        self.pause(PAUSE);
+    }
+
+    fn pause(&self, longest: Duration) {
+        let inner = self.lock();
+        let crowded = inner.is_crowded();
+        let waited = self.shared.room.wait_timeout_while(inner, longest, |inner| inner.is_crowded());
+        let (mut inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if crowded && !inner.pauses {
+            let (reports, tiles) = (inner.reports.len(), inner.tiles.len());
+            tracing::warn!(reports, tiles, "training pauses after each step: too much waits for the store");
+        } else if !crowded && inner.pauses {
+            tracing::info!("training goes on at full speed: the store is back");
+        }
+        inner.pauses = crowded;
     }
 
     /// Adds a finished step.
@@ -180,6 +225,8 @@ impl Spool {
             false => !kept.reals,
         });
         inner.kept = kept;
+        drop(inner);
+        self.shared.room.notify_all();
     }
 
     /// The manifest of this step's checkpoint is written; nobody needs older ones that are not.
@@ -308,5 +355,31 @@ mod tests {
         let spool = spool(0);
         (1..=MAX_REPORTS as u64 + 5).for_each(|step| spool.report(report(step)));
         assert_eq!(spool.unkept_reports().len(), MAX_REPORTS);
+    }
+
+    #[test]
+    fn steps_pause_while_much_waits_and_go_on_when_the_store_has_it() {
+        let (spool, kind) = (spool(0), i32::from(sample_tile::Kind::Generated));
+        let tile = |step| SampleTile { step, kind, ..SampleTile::default() };
+        (0..MANY_TILES as u64).for_each(|step| spool.tile(tile(step)));
+        spool.pause(Duration::from_millis(1));
+        assert!(spool.lock().pauses, "it goes on after the pause, as often as it must");
+        let trainer = spool.clone();
+        // Without the news it would wait for ever.
+        let waits = std::thread::spawn(move || trainer.pause(Duration::MAX));
+        spool.kept(Kept { grids: vec![3], ..Kept::default() });
+        waits.join().unwrap();
+        spool.pace();
+        assert!(!spool.lock().pauses);
+    }
+
+    #[test]
+    fn large_tiles_count_by_their_bytes() {
+        let spool = spool(0);
+        let half = || vec![0; MANY_TILE_BYTES / 2];
+        spool.tile(SampleTile { step: 1, pixels: half(), ..SampleTile::default() });
+        assert!(!spool.lock().is_crowded());
+        spool.tile(SampleTile { step: 2, pixels: half(), ..SampleTile::default() });
+        assert!(spool.lock().is_crowded());
     }
 }

@@ -292,6 +292,7 @@ impl Trainer {
                     continue;
                 }
             }
+            self.parts.spool.pace();
             let [stops, changes] = self.step(step)?;
             if step + 1 >= self.parts.target_steps {
                 continue;

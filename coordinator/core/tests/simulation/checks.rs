@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use takuma_core::checkpoint::CheckpointManifest;
 use takuma_core::event::*;
 use takuma_core::record::{RunRecord, RunStatus};
+use takuma_core::run::MAX_OPEN_GRIDS;
 
 use crate::faults::Fault;
 use crate::plan::WantedRun;
@@ -180,7 +181,9 @@ impl World {
                         Directive::Prepare(prepare) => prepares.push((pid, prepare)),
                         Directive::Start(fence) => self.check_start(fence),
                         Directive::Kept { grids, .. } => {
-                            self.check(grids.len() <= 16, || format!("{} grids in one message", grids.len()));
+                            self.check(grids.len() <= MAX_OPEN_GRIDS, || {
+                                format!("{} grids in one message", grids.len())
+                            });
                         }
                         _ => {}
                     }
