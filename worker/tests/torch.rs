@@ -120,6 +120,19 @@ fn copy_converts_and_refuses_another_shape() {
 }
 
 #[test]
+fn copies_are_equal_lie_alike_and_share_no_memory() {
+    let strided = values(&[4, 8, 5, 5], 3.0).permute([0, 3, 1, 2]);
+    let tensors = [values(&[7], 1.0), Tensor::from(5i64), strided, values(&[2, 3], 2.0)];
+    let copies = torch::copies(&tensors.each_ref()).unwrap();
+    for (copy, tensor) in copies.iter().zip(&tensors) {
+        assert!(copy.equal(tensor) && copy.kind() == tensor.kind());
+        assert_eq!(copy.stride(), tensor.stride());
+        drop(tensor.shallow_clone().g_add_(&Tensor::from(1i64)));
+        assert!(!copy.equal(tensor));
+    }
+}
+
+#[test]
 fn batch_norm_of_bf16_rounds_once() {
     let x = values(&[4, 8, 5, 5], 3.0).to_kind(Kind::BFloat16);
     let (weight, bias) = (values(&[8], 1.0).to_kind(Kind::Float), values(&[8], 2.0).to_kind(Kind::Float));

@@ -2,6 +2,7 @@
 #include "shim.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty_strided.h>
 
 #include "cuda/table.h"
@@ -45,6 +46,23 @@ extern "C" char *takuma_copy_async(tensor target, tensor source) {
     TORCH_CHECK(deref(target).sizes() == deref(source).sizes(), "copy of ", deref(source).sizes(),
                 " into ", deref(target).sizes());
     deref(target).copy_(deref(source), /*non_blocking=*/true);
+  });
+}
+
+extern "C" char *takuma_copy_all(const tensor *targets, const tensor *sources, size_t n) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    // Tensors of one type go in one launch or two, mixed ones one by one.
+    std::vector<at::Tensor> into[2], from[2];
+    for (size_t i = 0; i < n; ++i) {
+      const at::Tensor &target = deref(targets[i]), &source = deref(sources[i]);
+      TORCH_CHECK(target.sizes() == source.sizes(), "copy of ", source.sizes(), " into ", target.sizes());
+      const bool other = source.scalar_type() != deref(sources[0]).scalar_type();
+      into[other].push_back(target);
+      from[other].push_back(source);
+    }
+    for (const bool other : {false, true})
+      if (!from[other].empty()) at::_foreach_copy_(into[other], from[other], /*non_blocking=*/true);
   });
 }
 

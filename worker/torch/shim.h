@@ -111,6 +111,8 @@ char *takuma_commit_statistics(const tensor *means, const tensor *variances, con
 // Copies source into target's memory; between pinned memory and the GPU it is only enqueued.
 // PyTorch: Tensor.copy_(non_blocking=True).
 char *takuma_copy_async(tensor target, tensor source);
+// The same for n pairs, in as few launches as can be. PyTorch: torch._foreach_copy_(non_blocking=True).
+char *takuma_copy_all(const tensor *targets, const tensor *sources, size_t n);
 
 // Uninitialised memory on the host of `like`'s shape, strides and type; page-locked if `is_pinned`.
 //   host    given away

@@ -49,12 +49,7 @@ impl Snapshot {
     /// # Errors
     /// libtorch's, on a GPU that fails.
     pub fn take(net: &Dcgan, step: u64) -> Result<Self, TorchError> {
-        let taken = |part: BTreeMap<String, Tensor>| {
-            part.iter()
-                .map(|(name, tensor)| Ok((name.clone(), take(tensor)?)))
-                .collect::<Result<_, TorchError>>()
-        };
-        let [g, d, o] = parts_of(net).map(taken);
+        let [g, d, o] = parts_of(net).map(take);
         let parts = [g?, d?, o?];
         let mut ready = Event::new(net.state().generator.arithmetic().device)?;
         ready.record()?;
@@ -171,15 +166,13 @@ impl Taken {
     }
 }
 
-fn take(tensor: &Tensor) -> Result<Taken, TorchError> {
-    if !tensor.device().is_cuda() {
-        return Ok(Taken::OnHost(copy(tensor)));
+/// Every tensor of a part as it is now.
+fn take(part: BTreeMap<String, Tensor>) -> Result<BTreeMap<String, Taken>, TorchError> {
+    if !part.values().any(|tensor| tensor.device().is_cuda()) {
+        return Ok(part.into_iter().map(|(name, tensor)| (name, Taken::OnHost(copy(&tensor)))).collect());
     }
-    // A full GPU is an error here, and no panic.
-    let there = tensor.detach().f_empty_like();
-    let there = there.map_err(|error| TorchError { operation: "a snapshot", message: error.to_string() })?;
-    crate::torch::copy_async(&there, tensor)?;
-    Ok(Taken::OnDevice(there))
+    let copies = crate::torch::copies(&part.values().collect::<Vec<_>>())?;
+    Ok(part.into_keys().zip(copies.into_iter().map(Taken::OnDevice)).collect())
 }
 
 fn copy(tensor: &Tensor) -> Copied {

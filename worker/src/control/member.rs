@@ -15,7 +15,9 @@ use tokio::task::JoinHandle;
 use super::load::{MemberError, Ready, blame_of, config_of, load, probe, progress_of, seat_of};
 use super::logs::Place;
 use crate::collective::{CollectiveError, RingListener};
-use crate::trainer::{Command, JobError, Note, Parts, Progress, Seat, Spool, Stamp, Stopper, Trainer};
+use crate::trainer::{
+    Command, JobError, Note, Parts, Progress, Seat, Spool, Stamp, Stopper, Trainer, panic_words,
+};
 
 /// See the module.
 pub(super) struct Member {
@@ -256,7 +258,7 @@ impl Member {
             let error = match std::panic::catch_unwind(trained) {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => error,
-                Err(panic) => JobError::Panicked(panic_message(&*panic)),
+                Err(panic) => JobError::Panicked(panic_words(&*panic)),
             };
             // The session side is gone only when the process ends.
             drop(notes.send(Note::Failed { generation, error }));
@@ -438,9 +440,4 @@ impl Member {
         }
         // Without its sender of commands the trainer's thread ends, within one operation of the collective.
     }
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("no message").to_owned()
 }

@@ -91,6 +91,7 @@ unsafe extern "C" {
         eps: f64,
     ) -> *mut c_char;
     pub fn takuma_copy_async(target: RawTensor, source: RawTensor) -> *mut c_char;
+    pub fn takuma_copy_all(targets: *const RawTensor, sources: *const RawTensor, n: usize) -> *mut c_char;
     pub fn takuma_host_like(like: RawTensor, is_pinned: i32, host: *mut RawTensor) -> *mut c_char;
     pub fn takuma_gather_images(images: RawTensor, rows: RawTensor, target: RawTensor) -> *mut c_char;
 

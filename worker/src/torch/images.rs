@@ -1,8 +1,8 @@
-//! Images from where they are kept to where they are computed with.
+//! Numbers from where they are kept to where they are computed with: images, and copies of a state.
 
 use tch::{Device, Tensor};
 
-use super::{TorchError, check, ffi, raw};
+use super::{TorchError, check, ffi, pointers, raw};
 
 /// Copies `source` into `target`'s memory. Between host and GPU it is enqueued only, if the host's tensor is in
 /// pinned memory ([`Tensor::pin_memory`]): leave both tensors alone until an event behind it is reached.
@@ -18,6 +18,26 @@ use super::{TorchError, check, ffi, raw};
 pub fn copy_async(target: &Tensor, source: &Tensor) -> Result<(), TorchError> {
     // SAFETY: tensors, borrowed for the call.
     unsafe { check("copy_async", ffi::takuma_copy_async(raw(target), raw(source))) }
+}
+
+/// Copies of `tensors` on their device, all in as few launches as can be. Enqueued only, on a GPU.
+///
+/// # Errors
+/// libtorch's, out of memory.
+///
+/// # Source
+/// `torch._foreach_copy_`.
+pub fn copies(tensors: &[&Tensor]) -> Result<Vec<Tensor>, TorchError> {
+    let failed = |error: tch::TchError| TorchError { operation: "copies", message: error.to_string() };
+    let made: Vec<Tensor> = tensors
+        .iter()
+        .map(|tensor| tensor.detach().f_empty_like())
+        .collect::<Result<_, _>>()
+        .map_err(failed)?;
+    let (targets, sources) = (pointers(&made.iter().collect::<Vec<_>>()), pointers(tensors));
+    // SAFETY: two lists of as many tensors, borrowed for the call.
+    unsafe { check("copies", ffi::takuma_copy_all(targets.as_ptr(), sources.as_ptr(), made.len()))? };
+    Ok(made)
 }
 
 /// Uninitialised memory on the host like `tensor`, page-locked if `device`, which its numbers go to or

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tch::Tensor;
 
 pub use autograd::{Gradient, GradientSink, backward, clear_gradients, leaky_relu, set_gradient_hook};
-pub use images::{copy_async, gather_images, host_like};
+pub use images::{copies, copy_async, gather_images, host_like};
 pub use norm::{
     BatchNormOptions, DeviceSumReducer, RunningStatistics, SumReducer, batch_norm, commit_statistics,
 };

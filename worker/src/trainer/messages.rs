@@ -124,3 +124,10 @@ pub enum JobError {
     #[error("the trainer's thread panicked: {0}")]
     Panicked(String),
 }
+
+/// What a thread panicked with, in words.
+#[must_use]
+pub fn panic_words(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no message").to_owned()
+}

@@ -129,9 +129,10 @@ impl Trainer {
         if progressed.is_some() {
             parts.progress.has_state();
         }
-        let samples = Samples::new(&parts.config, parts.spool.clone());
+        let runs_ahead = parts.device.is_cuda() || std::env::var_os(WHOLE_STEPS_VARIABLE).is_some();
+        let samples = Samples::new(&parts.config, parts.device, parts.spool.clone(), runs_ahead);
         Ok(Self {
-            runs_ahead: parts.device.is_cuda() || std::env::var_os(WHOLE_STEPS_VARIABLE).is_some(),
+            runs_ahead,
             settled_at: None,
             meeting: Meeting::new(parts.device),
             parts,
@@ -220,6 +221,8 @@ impl Trainer {
 
     /// Forms a group and trains in it.
     fn take_part(&mut self, seat: Seat, commands: &Receiver<Command>) -> Result<End, JobError> {
+        // What is still rendered belongs to the group that is over.
+        self.samples.settle()?;
         self.parts.progress.enter("forming");
         let generation = seat.generation();
         self.net.regroup();
@@ -259,11 +262,11 @@ impl Trainer {
         self.checkpoint_overdue |= rank == Rank(0) && !self.was_rank_0;
         self.was_rank_0 = rank == Rank(0);
         if rank == agreement.source {
-            self.samples.render_missing();
+            self.samples.render_missing()?;
         }
         if step == 0 && phase == 0 {
             self.samples.reals(&mut self.parts.feed)?;
-            self.samples.render(&self.net, &self.exchange, 0);
+            self.sample(0)?;
         }
         Ok(())
     }
@@ -428,9 +431,16 @@ impl Trainer {
         // The last step has a grid too: a run ends with a picture of what it became.
         if finished.is_multiple_of(self.parts.config.sample_every) || last {
             self.parts.progress.enter("sampling");
-            self.samples.render(&self.net, &self.exchange, finished);
+            self.sample(finished)?;
         }
         if last { Ok(()) } else { self.offer_checkpoint(finished) }
+    }
+
+    fn sample(&mut self, step: u64) -> Result<(), JobError> {
+        if let Some(frame) = self.samples.take(&self.net, &self.exchange, step)? {
+            self.samples.show(frame)?;
+        }
+        Ok(())
     }
 
     fn adapt_timeout(&mut self, step_s: f64) {
@@ -469,6 +479,7 @@ impl Trainer {
 
     /// The end of the run or a stop: its checkpoint, which is waited for.
     fn finish(&mut self, outcome: run_ended::Outcome, generation: u64) -> Result<(), JobError> {
+        self.samples.settle()?;
         let (step, _) = self.position();
         let mut weights_sha256 = String::new();
         if self.exchange.collective().rank() == Rank(0) {
