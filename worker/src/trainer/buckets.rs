@@ -7,13 +7,18 @@
 //! bucket is full when all lanes have filled their part of it.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
 use super::device_buckets::{DeviceBuckets, Given};
 use super::exchange::Exchange;
+use super::staging::Staging;
 use crate::collective::{Collective, CollectiveError, PendingReduce};
 use crate::torch::{self, Gradient, GradientSink, TorchError};
+
+/// A GPU that has not copied a bucket by then is stuck: a backward pass takes far less.
+const COPY_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// In which order gradients are summed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +72,8 @@ struct Sink {
     spare: Mutex<Vec<LaneBuffers>>,
     /// For groups that sum on the device; made when the first of them is there.
     on_device: OnceLock<DeviceBuckets>,
+    /// Between a GPU and buckets on the host.
+    staging: Option<Staging>,
 }
 
 /// A backward pass in all lanes.
@@ -85,6 +92,17 @@ impl GradientBuckets {
     /// If there are no parameters.
     #[must_use]
     pub fn new(exchange: &Arc<Exchange>, order: SumOrder, params: &[&Tensor], bucket_bytes: u64) -> Self {
+        let is_staged = params[0].device().is_cuda();
+        Self::with_staging(exchange, order, params, bucket_bytes, is_staged)
+    }
+
+    fn with_staging(
+        exchange: &Arc<Exchange>,
+        order: SumOrder,
+        params: &[&Tensor],
+        bucket_bytes: u64,
+        is_staged: bool,
+    ) -> Self {
         let sizes: Vec<usize> = params.iter().map(|param| param.numel()).collect();
         let (dealt, lengths) = deal(&sizes, (bucket_bytes / 4) as usize);
         let places = params.iter().zip(dealt).map(|(param, (bucket, offset))| Place {
@@ -100,6 +118,7 @@ impl GradientBuckets {
             kind: params[0].kind(),
             device: params[0].device(),
             places: places.collect(),
+            staging: is_staged.then(|| Staging::new(&lengths, params[0].device())),
             lengths,
             pass: Mutex::default(),
             started: Mutex::default(),
@@ -139,12 +158,20 @@ impl GradientBuckets {
             let buckets = sink.on_device.get_or_init(|| DeviceBuckets::new(&sink.lengths, sink.device));
             return buckets.begin(collective, &sink.places);
         }
+        // Without buffers to fill, the backward pass fails.
+        let is_ready = sink.staging.as_ref().is_none_or(|staging| match staging.begin(lanes) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(%error, "gradients cannot be exchanged");
+                false
+            }
+        });
         let mut spare = std::mem::take(&mut *lock(&sink.spare)).into_iter();
         let filling = sink.lengths.iter().map(|&length| {
             let mut buffers = spare.next().unwrap_or_default();
             // Every value is written before a bucket leaves.
             buffers.resize_with(lanes, || vec![0.0; length]);
-            buffers.into_iter().map(Some).collect()
+            buffers.into_iter().map(|buffer| is_ready.then_some(buffer)).collect()
         });
         let mut pass = Pass { collective, filling: filling.collect(), missing: vec![0; sink.lengths.len()] };
         for place in &sink.places {
@@ -164,6 +191,7 @@ impl GradientBuckets {
         if let Some(tensors) = sink.exchange.wait(|_| on_device().transpose())? {
             return Ok(SummedGradients { tensors, buckets: Vec::new() });
         }
+        sink.start_rest()?;
         if lock(&sink.pass).take().is_none() {
             let tensors = params.iter().map(|param| param.grad()).collect();
             return Ok(SummedGradients { tensors, buckets: Vec::new() });
@@ -172,8 +200,10 @@ impl GradientBuckets {
         assert_eq!(pending.len(), sink.lengths.len(), "backward reached every parameter");
         let wait = || pending.into_iter().map(PendingReduce::wait_lanes).collect::<Result<Vec<_>, _>>();
         let buckets = sink.exchange.wait(|_| wait())?;
-        let sum = |place: &Place| place.view(&buckets[place.bucket][0]).to_device(sink.device);
-        let tensors = sink.places.iter().map(sum).collect();
+        let tensors = match &sink.staging {
+            None => sink.places.iter().map(|place| place.view(&buckets[place.bucket][0])).collect(),
+            Some(staging) => sink.send_back(staging, &buckets).map_err(staging_failed)?,
+        };
         Ok(SummedGradients { tensors, buckets })
     }
 
@@ -210,6 +240,11 @@ impl Place {
         // SAFETY: the place lies inside the bucket, and SummedGradients keeps tensor and bucket together.
         unsafe { Tensor::from_blob(data, &self.size, &self.strides, Kind::Float, Device::Cpu) }
     }
+
+    /// The gradient inside its bucket, f32 `[length]`, strided like the parameter.
+    pub(super) fn view_in(&self, bucket: &Tensor) -> Tensor {
+        bucket.as_strided(&self.size, &self.strides, self.offset as i64)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -222,12 +257,23 @@ impl Sink {
         let taken = lock(&self.pass).as_mut()?.filling[place.bucket].get_mut(lane).and_then(Option::take);
         // Lost buffer or unknown lane: the pass was ended or never begun for this lane.
         let Some(buffer) = taken else { return Some(Filled::Failed) };
-        if place.view(&buffer).f_copy_(gradient).is_err() {
-            return Some(Filled::Failed);
-        }
+        let given = match &self.staging {
+            None => torch::copy_async(&place.view(&buffer), gradient),
+            Some(staging) => staging.give(place, lane, gradient),
+        };
         let mut pass = lock(&self.pass);
         let Some(pass) = pass.as_mut() else { return Some(Filled::Failed) };
         pass.filling[place.bucket][lane] = Some(buffer);
+        let is_last = pass.missing[place.bucket] == 1;
+        // Before anybody sees the bucket full.
+        let sent = match &self.staging {
+            Some(staging) if is_last => staging.send(place.bucket, pass.filling[place.bucket].len()),
+            _ => Ok(()),
+        };
+        if let Err(error) = given.and(sent) {
+            tracing::error!(%error, "a gradient cannot be exchanged");
+            return Some(Filled::Failed);
+        }
         pass.missing[place.bucket] -= 1;
         Some(if pass.missing[place.bucket] == 0 { Filled::Full } else { Filled::InPart })
     }
@@ -235,7 +281,7 @@ impl Sink {
     /// Starts the buckets that are full and whose turn it is.
     fn start_full(&self) -> Result<(), CollectiveError> {
         let mut started = lock(&self.started);
-        while let Some((collective, lanes)) = self.take_full(started.len()) {
+        while let Some((collective, lanes)) = self.take_full(started.len()).map_err(staging_failed)? {
             started.push(match self.order {
                 SumOrder::Lanes => collective.start_chain_reduce(lanes)?,
                 SumOrder::Workers => {
@@ -246,15 +292,58 @@ impl Sink {
         Ok(())
     }
 
-    /// The lanes of bucket number `next`, if all of them are full.
-    fn take_full(&self, next: usize) -> Option<(Arc<dyn Collective>, LaneBuffers)> {
-        let mut pass = lock(&self.pass);
-        let pass = pass.as_mut()?;
-        if pass.missing.get(next) != Some(&0) {
-            return None;
+    /// After backward: waits for the buckets that are on their way to the host, and starts them.
+    fn start_rest(&self) -> Result<(), CollectiveError> {
+        let Some(staging) = self.staging.as_ref().filter(|_| lock(&self.pass).is_some()) else {
+            return Ok(());
+        };
+        let deadline = Instant::now() + COPY_TIMEOUT;
+        loop {
+            let next = lock(&self.started).len();
+            let is_full = lock(&self.pass).as_ref().is_some_and(|pass| pass.missing.get(next) == Some(&0));
+            if !is_full {
+                return Ok(());
+            }
+            if !staging.wait(next, deadline).map_err(staging_failed)? {
+                let message = format!("the GPU has not come to them within {} s", COPY_TIMEOUT.as_secs());
+                return Err(staging_failed(TorchError { operation: "copying gradients", message }));
+            }
+            self.start_full()?;
         }
-        let lanes = pass.filling[next].iter_mut().filter_map(Option::take).collect();
-        Some((Arc::clone(&pass.collective), lanes))
+    }
+
+    /// The lanes of bucket number `next`, if all of them are full, and on the host.
+    fn take_full(&self, next: usize) -> Result<Option<(Arc<dyn Collective>, LaneBuffers)>, TorchError> {
+        let mut pass = lock(&self.pass);
+        let Some(pass) = pass.as_mut().filter(|pass| pass.missing.get(next) == Some(&0)) else {
+            return Ok(None);
+        };
+        if let Some(staging) = &self.staging
+            && !staging.has_arrived(next)?
+        {
+            return Ok(None);
+        }
+        let mut lanes: LaneBuffers = pass.filling[next].iter_mut().filter_map(Option::take).collect();
+        if let Some(staging) = &self.staging {
+            staging.unload(next, &mut lanes);
+        }
+        Ok(Some((Arc::clone(&pass.collective), lanes)))
+    }
+
+    /// Sums on their way back to the GPU, by parameter.
+    fn send_back(&self, staging: &Staging, buckets: &[LaneBuffers]) -> Result<Vec<Tensor>, TorchError> {
+        let back = |(number, lanes): (usize, &LaneBuffers)| staging.send_back(number, &lanes[0]);
+        let there = buckets.iter().enumerate().map(back).collect::<Result<Vec<_>, _>>()?;
+        Ok(self.places.iter().map(|place| place.view_in(&there[place.bucket])).collect())
+    }
+}
+
+/// This worker's own fault.
+fn staging_failed(error: TorchError) -> CollectiveError {
+    CollectiveError::Local {
+        operation: "the exchange of gradients".into(),
+        detail: error.to_string(),
+        source: None,
     }
 }
 
@@ -329,5 +418,51 @@ mod tests {
         let (places, lengths) = deal(&[10, 5, 4, 3], 6);
         assert_eq!(lengths, [7, 15]);
         assert_eq!(places, [(1, 5), (1, 0), (0, 3), (0, 0)]);
+    }
+
+    #[test]
+    fn gradients_that_go_over_page_locked_memory_are_the_same() {
+        let exchange = Exchange::new();
+        let own = |size: &[i64], seed: i64| {
+            let numbers = Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu));
+            ((numbers + seed) * 0.7).sin().view(size)
+        };
+        let weights = [own(&[4, 3, 5, 5], 1).permute([0, 2, 3, 1]), own(&[7], 2), own(&[6, 2], 3)];
+        let sums = |is_staged| {
+            let lanes: Vec<[Tensor; 3]> = (0..2)
+                .map(|_| weights.each_ref().map(|tensor| tensor.detach().copy().set_requires_grad(true)))
+                .collect();
+            let order = SumOrder::Lanes;
+            let buckets =
+                GradientBuckets::with_staging(&exchange, order, &lanes[0].each_ref(), 40, is_staged);
+            for (number, lane) in lanes.iter().enumerate() {
+                buckets.hook(number, &lane.each_ref()).unwrap();
+            }
+            let mut found = Vec::new();
+            // Memory that is used again holds other numbers.
+            for pass in [1.0, 3.0] {
+                buckets.begin(2);
+                for (number, lane) in lanes.iter().enumerate() {
+                    let factor = pass + number as f64;
+                    let loss: Tensor =
+                        lane.iter().map(|tensor| (tensor * factor).exp().sum(Kind::Float)).sum();
+                    torch::backward(&loss, &lane.each_ref()).unwrap();
+                }
+                let summed = buckets.finish(&[]).unwrap();
+                found.extend(summed.tensors().into_iter().map(Tensor::copy));
+                buckets.recycle(summed);
+                buckets.end();
+            }
+            assert!(buckets.sink.lengths.len() > 1);
+            found
+        };
+        let (plain, staged) = (sums(false), sums(true));
+        assert_eq!(plain.len(), 6);
+        for (number, (plain, staged)) in plain.iter().zip(&staged).enumerate() {
+            assert!(plain.equal(staged), "gradient {number}");
+            assert_eq!(plain.stride(), staged.stride());
+        }
+        let expected = weights[1].exp() + (&weights[1] * 2.0).exp() * 2.0;
+        assert!(plain[1].allclose(&expected, 1e-5, 1e-5, false));
     }
 }

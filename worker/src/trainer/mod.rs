@@ -15,6 +15,7 @@ mod progress;
 mod resident;
 mod samples;
 mod spool;
+mod staging;
 mod stopper;
 mod thread;
 
