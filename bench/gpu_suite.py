@@ -156,6 +156,29 @@ def two_on_one_card(suite, data):
         suite.stop_cluster()
 
 
+def exact_on_one_card(suite, data):
+    """Exact mode by one worker and by two that share the card."""
+    recipe = "dcgan-tiny" if suite.rehearses else "dcgan-celeba"
+    check = f"exact mode, 20 steps of {recipe}: one worker and two on one GPU"
+    try:
+        suite.start_cluster("exact", 2)
+        digests = []
+        for workers in ("1", "2"):
+            name = f"exact-{workers}"
+            ran = suite.takuma("run", "submit", recipe, "--name", name, "--data", data, "--steps", "20", "--exact",
+                               "--workers", workers, "-y", "--wait", limit_s=60)
+            if not ran or ran.returncode != 0:
+                raise RuntimeError(ran.stderr.strip() if ran else "no answer")
+            digests.append((suite.json("run", "show", name) or {}).get("weights_sha256"))
+        same = digests[0] and digests[0] == digests[1]
+        suite.row(check, f"one SHA-256, {digests[0][:16]}..." if same else f"FAILED: {digests}", failed=not same)
+    except (TimeoutError, RuntimeError) as error:
+        suite.row(check, f"FAILED: {error}", failed=True)
+        suite.last_words("exact-coordinator", "exact-0", "exact-1")
+    finally:
+        suite.stop_cluster()
+
+
 def full_run(suite, store, data, precision, limit_s):
     name, steps = f"full-{precision}", "20" if suite.rehearses else "6330"
     recipe = "dcgan-tiny" if suite.rehearses else "dcgan-celeba"
@@ -203,6 +226,7 @@ def main():
             suite.row("dataset", "FAILED" if drawn else "not drawn in its time", failed=True)
             return 1
         two_on_one_card(suite, data)
+        exact_on_one_card(suite, data)
         store, _ = suite.start_cluster("full", 1)
         full_run(suite, store, data, "bf16", 90)
         peers(suite)

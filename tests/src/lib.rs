@@ -201,6 +201,13 @@ impl Cluster {
         self.start_worker(name, &["--listen", "127.0.0.1:0"], None);
     }
 
+    /// Starts a worker with more in its environment, and waits as [`Cluster::add_worker`] does.
+    pub fn add_worker_with(&mut self, name: &str, variable: &'static str, value: &str) {
+        self.environment.push((variable, value.to_owned()));
+        self.add_worker(name);
+        self.environment.pop();
+    }
+
     /// Starts a worker that strikes itself at a place in a step (see the worker's `fault.rs`).
     pub fn add_doomed_worker(&mut self, name: &str, fault: &str) {
         self.start_worker(name, &["--listen", "127.0.0.1:0"], Some(fault));
@@ -215,7 +222,7 @@ impl Cluster {
     }
 
     fn start_worker(&mut self, name: &str, listen: &[&str], fault: Option<&str>) {
-        // Where there is a GPU, too: exact mode and signals are about processors' workers.
+        // Where there is a GPU, too: bits and times are a processor's.
         let mut arguments = vec!["--coordinator", &self.address, "--name", name, "--threads", "1"];
         arguments.extend(["--device", "cpu"]);
         arguments.extend(listen);

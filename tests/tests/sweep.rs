@@ -56,6 +56,31 @@ fn one_digest_for_1_2_3_4_and_8_workers() {
     assert!(digests.iter().all(|other| *other == digests[0]), "{digests:?}");
 }
 
+/// What a worker on a GPU does in exact mode, done on a processor.
+#[test]
+fn lanes_in_one_graph_have_the_digest_of_lanes_apart() {
+    let mut cluster = Cluster::start(1);
+    submit(&cluster, "apart", 6, Some(1), &[]);
+    let apart = digest(&cluster, "apart");
+    cluster.worker("worker-1").kill();
+    let together = |cluster: &mut Cluster, number: u32| {
+        cluster.add_worker_with(&format!("together-{number}"), "TAKUMA_LANES_TOGETHER", "1");
+    };
+    together(&mut cluster, 1);
+    submit(&cluster, "by-1", 6, Some(1), &[]);
+    assert_eq!(digest(&cluster, "by-1"), apart);
+    together(&mut cluster, 2);
+    submit(&cluster, "by-2", 6, Some(2), &[]);
+    assert_eq!(digest(&cluster, "by-2"), apart);
+    cluster.add_worker("worker-2");
+    submit(&cluster, "mixed", 6, Some(3), &[]);
+    assert_eq!(digest(&cluster, "mixed"), apart);
+    assert_eq!(view(&cluster, "mixed")["workers"], 3);
+    for (name, is_together) in [("together-1", true), ("together-2", true), ("worker-2", false)] {
+        assert_eq!(cluster.worker(name).log().contains("all lanes in one graph"), is_together, "{name}");
+    }
+}
+
 /// Steps of a run that is stopped when it has borne what it is there for.
 const ENDLESS: u64 = 100_000;
 

@@ -66,7 +66,8 @@ impl DeviceChoice {
     }
 }
 
-/// Makes `device` the calling thread's for a run.
+/// Makes `device` the calling thread's for a run. In exact mode a GPU takes only algorithms whose results repeat, and
+/// measures none: a measurement may choose otherwise in each process.
 ///
 /// # Errors
 /// CUDA's.
@@ -77,7 +78,19 @@ pub fn enter(device: Device, config: &RunConfig) -> Result<(), CudaError> {
         config::Precision::Tf32 => cuda::Precision::Tf32,
         config::Precision::Bf16 => cuda::Precision::Bf16,
     };
-    cuda::select(index as u32, precision, false).map(drop)
+    cuda::select(index as u32, precision, config.exact).map(drop)
+}
+
+/// What two devices have in common that compute the same bits: a GPU's product name. All processors are one here; what
+/// tells them apart is in docs/exact.md.
+///
+/// # Errors
+/// CUDA's.
+pub fn model(device: Device) -> Result<String, CudaError> {
+    let Device::Cuda(index) = device else { return Ok("a processor".to_owned()) };
+    let found = cuda::devices()?;
+    let missing = CudaError::NoSuchDevice { index: index as u32, count: found.len() };
+    found.into_iter().nth(index).map(|gpu| gpu.name).ok_or(missing)
 }
 
 /// "cpu" or "cuda:0".

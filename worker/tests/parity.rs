@@ -8,7 +8,7 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 use takuma_core::config::{Recipe, RunConfig};
-use takuma_worker::model::{Network, NormUpdates, Pass};
+use takuma_worker::model::{Discriminator, Generator, Network, NormUpdates, Pass};
 use takuma_worker::recipe::{Batch, Dcgan, DcganState, Phase, PhaseSums};
 use takuma_worker::trainer::Exchange;
 use tch::{Kind, Tensor};
@@ -96,9 +96,12 @@ fn forward_passes_equal_pytorch() {
         let batch = fixture.batch(kind);
         let pass = Pass { images_per_group: batch.noise_nz.size()[0], groups: 1, reducer: None };
         let mut updates = NormUpdates::default();
-        let fake = state.generator.train(&batch.noise_nz, &pass, &mut updates).unwrap();
+        let noise_nz = std::slice::from_ref(&batch.noise_nz);
+        let fake = Generator::train(&[&state.generator], noise_nz, &pass, &mut updates).unwrap().remove(0);
         let logits = |images: &Tensor| {
-            state.discriminator.train(images, &pass, &mut NormUpdates::default()).unwrap().detach()
+            let (lanes, images) = ([&state.discriminator], std::slice::from_ref(images));
+            let logits = Discriminator::train(&lanes, images, &pass, &mut NormUpdates::default());
+            logits.unwrap()[0].detach()
         };
         for (name, ours) in [
             ("fwd.fake", fake.detach()),

@@ -1,7 +1,11 @@
 //! The shim's functions on a processor.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
 
-use takuma_worker::torch::{self, AdamOptions, AdamTensors, BatchNormOptions, Guard, RunningStatistics};
+use std::sync::Arc;
+
+use takuma_worker::torch::{
+    self, AdamOptions, AdamTensors, BatchNormOptions, Guard, NormLane, RunningStatistics, SumReducer,
+};
 use tch::{Device, Kind, Tensor};
 
 const CPU_FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -152,4 +156,87 @@ fn batch_norm_of_bf16_rounds_once() {
     for (i, (narrow, wide)) in narrow.iter().zip(&wide).enumerate() {
         assert!(narrow.equal(&wide.to_kind(narrow.kind())), "result {i}");
     }
+}
+
+/// No other workers; or an exchange that fails.
+struct Alone(bool);
+
+impl SumReducer for Alone {
+    fn sum(&self, _values: &mut [f64]) -> bool {
+        self.0
+    }
+}
+
+fn reduced(groups: i64, images_per_group: i64, reducer: Option<Alone>) -> BatchNormOptions {
+    let reducer = reducer.map(|reducer| Arc::new(reducer) as Arc<dyn SumReducer>);
+    BatchNormOptions { groups, images_per_group, eps: 1e-5, slope: 0.2, reducer }
+}
+
+/// By lane, leaves with gradients of their own: x, and aliases of one weight and one bias.
+fn lanes_of(x: &[Tensor]) -> Vec<[Tensor; 3]> {
+    let (weight, bias) = (values(&[6], 1.0), values(&[6], 2.0));
+    let leaf = |tensor: &Tensor| tensor.detach().set_requires_grad(true);
+    x.iter().map(|x| [leaf(x), leaf(&weight), leaf(&bias)]).collect()
+}
+
+fn parts(leaves: &[[Tensor; 3]]) -> Vec<NormLane<'_>> {
+    leaves.iter().map(|[x, weight, bias]| NormLane { x, weight, bias }).collect()
+}
+
+#[test]
+fn batch_norm_of_lanes_is_that_of_the_joined_batch_with_gradients_by_lane() {
+    const LANES: usize = 3;
+    let x: Vec<Tensor> = (0..LANES).map(|lane| values(&[4, 6, 5, 5], 40.0 * lane as f64)).collect();
+    // In each lane two images of each group: the joined batch has the first group's of all lanes first.
+    let joined = |lanes: &[Tensor]| {
+        let half = |group: i64| lanes.iter().map(move |lane| lane.narrow(0, 2 * group, 2));
+        Tensor::cat(&half(0).chain(half(1)).collect::<Vec<_>>(), 0)
+    };
+    let upstream: Vec<Tensor> = (0..LANES).map(|lane| values(&[4, 6, 5, 5], 7.0 + lane as f64)).collect();
+    let leaves = lanes_of(&x);
+    let (y, stats) = torch::batch_norm_lanes(&parts(&leaves), &reduced(2, 6, Some(Alone(true)))).unwrap();
+    let losses: Vec<Tensor> = y.iter().zip(&upstream).map(|(y, up)| (y * up).sum(Kind::Double)).collect();
+    let inputs: Vec<&Tensor> = leaves.iter().flatten().collect();
+    torch::backward(&Tensor::stack(&losses, 0).sum(Kind::Double), &inputs).unwrap();
+
+    let whole = lanes_of(&[joined(&x)]);
+    let (whole_y, whole_stats) = torch::batch_norm_lanes(&parts(&whole), &reduced(2, 6, None)).unwrap();
+    let loss = (&whole_y[0] * joined(&upstream)).sum(Kind::Double);
+    torch::backward(&loss, &whole[0].each_ref()).unwrap();
+
+    let gradients = |place: usize| leaves.iter().map(|lane| lane[place].grad()).collect::<Vec<_>>();
+    let summed = |place: usize| Tensor::stack(&gradients(place), 0).sum_dim_intlist(0, false, Kind::Double);
+    for (name, lanes, whole) in [
+        ("y", joined(&y), whole_y[0].detach()),
+        ("statistics", stats, whole_stats),
+        ("dx", joined(&gradients(0)), whole[0][0].grad()),
+        ("dweight", summed(1), whole[0][1].grad()),
+        ("dbias", summed(2), whole[0][2].grad()),
+    ] {
+        let off = (lanes - whole).abs().max().double_value(&[]);
+        assert!(off < 1e-10, "{name} is off by {off:e}");
+    }
+    assert!(!gradients(1)[0].equal(&gradients(1)[1]), "each lane has its own share");
+}
+
+#[test]
+fn lanes_that_cannot_be_normalised_together_are_refused() {
+    let leaves = lanes_of(&[values(&[2, 6, 3, 3], 0.0), values(&[2, 6, 3, 3], 1.0)]);
+    let refused = |lanes: &[NormLane<'_>], options: &BatchNormOptions| {
+        torch::batch_norm_lanes(lanes, options).unwrap_err().to_string()
+    };
+    let message = refused(&parts(&leaves), &reduced(1, 4, None));
+    assert!(message.contains("several lanes wants a reducer"), "{message}");
+    let message = refused(&parts(&leaves), &reduced(1, 4, Some(Alone(false))));
+    assert!(message.contains("exchange of batch statistics failed"), "{message}");
+    let message = refused(&[], &reduced(1, 4, Some(Alone(true))));
+    assert!(message.contains("wants a lane"), "{message}");
+    let other = values(&[6], 1.0);
+    let mut lanes = parts(&leaves);
+    lanes[1].weight = &other;
+    let message = refused(&lanes, &reduced(1, 4, Some(Alone(true))));
+    assert!(message.contains("weights in one memory"), "{message}");
+    let wide = lanes_of(&[values(&[2, 6, 3, 3], 0.0), values(&[4, 6, 3, 3], 1.0)]);
+    let message = refused(&parts(&wide), &reduced(1, 6, Some(Alone(true))));
+    assert!(message.contains("one shape"), "{message}");
 }

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <functional>
@@ -15,6 +16,8 @@
 namespace {
 
 using at::Tensor;
+// A tensor of each lane.
+using Tensors = std::vector<Tensor>;
 
 // Holds the Rust closure for as long as a graph node may call it.
 struct Reducer : BatchSumReducer {
@@ -23,21 +26,31 @@ struct Reducer : BatchSumReducer {
   Reducer &operator=(const Reducer &) = delete;
   ~Reducer() override { inner.drop(inner.context); }
 
-  void sum(double *values, size_t len) const {
-    check(inner.call(inner.context, values, len));
+  // The sum over all workers of `rows`, one of each lane. A single one is summed in its place.
+  std::vector<double> sum(std::vector<double> rows, size_t lanes) const {
+    if (lanes == 1) {
+      check(inner.call(inner.context, rows.data(), rows.size()));
+      return rows;
+    }
+    std::vector<double> sums(rows.size() / lanes);
+    check(inner.call_lanes(inner.context, rows.data(), lanes, sums.data(), sums.size()));
+    return sums;
   }
 
   // Of doubles on a GPU: there, if the closure can, else over the host.
-  void sum(Tensor &sums) const override {
-    const auto len = static_cast<size_t>(sums.numel());
-    if (inner.call_on_device) {
-      check(inner.call_on_device(inner.context, sums.mutable_data_ptr<double>(), len,
-                                 cuda_table().stream()));
-      return;
+  Tensor sum(const Tensor &rows) const override {
+    const auto lanes = static_cast<size_t>(rows.size(0));
+    if (lanes == 1 && inner.call_on_device) {
+      check(inner.call_on_device(inner.context, rows.mutable_data_ptr<double>(),
+                                 static_cast<size_t>(rows.numel()), cuda_table().stream()));
+      return rows;
     }
-    Tensor host = sums.cpu();
-    sum(host.mutable_data_ptr<double>(), len);
-    sums.copy_(host);
+    const Tensor host = rows.cpu();
+    const double *first = host.const_data_ptr<double>();
+    const auto on_host = sum(std::vector<double>(first, first + host.numel()), lanes);
+    Tensor sums = rows.select(0, 0);
+    sums.copy_(at::from_blob(const_cast<double *>(on_host.data()), sums.sizes(), host.options()));
+    return sums;
   }
 
   static void check(int failed) {
@@ -115,22 +128,27 @@ Affine<T> affine(const double *stats, const Tensor &weight, const Tensor &bias, 
   return out;
 }
 
+// `rows`, one of each lane, summed over all lanes and workers.
+std::vector<double> summed(std::vector<double> rows, size_t lanes, const Options &options) {
+  return options.reducer ? options.reducer->sum(std::move(rows), lanes) : rows;
+}
+
 template <typename T>
-void forward_cpu(const Tensor &x, const Tensor &weight, const Tensor &bias, const Options &options,
-                 Tensor &y, Tensor &stats) {
-  const int64_t channels = x.size(1), rows = x.numel() / channels / options.groups;
-  const T *in = x.const_data_ptr<T>();
-  T *out = y.mutable_data_ptr<T>();
+void forward_cpu(const Tensors &x, const Tensor &weight, const Tensor &bias, const Options &options,
+                 Tensors &y, Tensor &stats) {
+  const int64_t channels = weight.numel(), rows = x[0].numel() / channels / options.groups;
   double *mean_var = stats.mutable_data_ptr<double>();
   std::vector<double> sums;
-  for (int64_t g = 0; g < options.groups; ++g) {
-    const T *group = in + g * rows * channels;
-    auto part = chunked_sums(rows, channels, [&](int64_t first, int64_t count, double *into) {
-      kernels<T>().moments(group + first * channels, count, channels, into);
-    });
-    sums.insert(sums.end(), part.begin(), part.end());
+  for (const Tensor &lane : x) {
+    for (int64_t g = 0; g < options.groups; ++g) {
+      const T *group = lane.const_data_ptr<T>() + g * rows * channels;
+      auto part = chunked_sums(rows, channels, [&](int64_t first, int64_t count, double *into) {
+        kernels<T>().moments(group + first * channels, count, channels, into);
+      });
+      sums.insert(sums.end(), part.begin(), part.end());
+    }
   }
-  if (options.reducer) options.reducer->sum(sums.data(), sums.size());
+  sums = summed(std::move(sums), x.size(), options);
   for (int64_t g = 0; g < options.groups; ++g) {
     double *stat = mean_var + g * 2 * channels;
     const double *sum = sums.data() + g * 2 * channels;
@@ -140,35 +158,34 @@ void forward_cpu(const Tensor &x, const Tensor &weight, const Tensor &bias, cons
       stat[channels + c] = std::max(0.0, sum[channels + c] / options.count - mean * mean);
     }
     const auto map = affine<T>(stat, weight, bias, options.eps);
-    const int64_t at = g * rows * channels;
-    for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t count) {
-      kernels<T>().normalize(in + at + first * channels, out + at + first * channels, count,
-                             channels, map.scale.data(), map.shift.data(),
-                             static_cast<T>(options.slope));
-    });
+    for (size_t lane = 0; lane < x.size(); ++lane) {
+      const T *in = x[lane].const_data_ptr<T>() + g * rows * channels;
+      T *out = y[lane].mutable_data_ptr<T>() + g * rows * channels;
+      for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t count) {
+        kernels<T>().normalize(in + first * channels, out + first * channels, count, channels,
+                               map.scale.data(), map.shift.data(), static_cast<T>(options.slope));
+      });
+    }
   }
 }
 
+// One lane's sums of dz and of dz * xhat, [groups, 2, channels], which are its parameters' gradients, too: a
+// share, which the bucket exchange sums.
 template <typename T>
-void backward_cpu(const Tensor &x, const Tensor &dy, const Tensor &weight, const Tensor &bias,
-                  const Tensor &stats, const Options &options, Tensor &dx, Tensor &dweight,
-                  Tensor &dbias) {
-  const int64_t channels = x.size(1), rows = x.numel() / channels / options.groups;
+std::vector<double> gradient_sums_cpu(const Tensor &x, const Tensor &dy, const double *mean_var,
+                                      const std::vector<Affine<T>> &maps, const Options &options,
+                                      Tensor &dweight, Tensor &dbias) {
+  const int64_t channels = dweight.numel(), rows = x.numel() / channels / options.groups;
   const T *in = x.const_data_ptr<T>(), *up = dy.const_data_ptr<T>();
-  const T slope = static_cast<T>(options.slope);
-  T *out = dx.mutable_data_ptr<T>(), *dw = dweight.mutable_data_ptr<T>(),
-    *db = dbias.mutable_data_ptr<T>();
-  const double *mean_var = stats.const_data_ptr<double>();
-  std::vector<Affine<T>> maps;
   std::vector<double> sums;
   for (int64_t g = 0; g < options.groups; ++g) {
-    maps.push_back(affine<T>(mean_var + g * 2 * channels, weight, bias, options.eps));
     const int64_t at = g * rows * channels;
     auto part = chunked_sums(rows, channels, [&](int64_t first, int64_t count, double *into) {
       kernels<T>().gradient_sums(in + at + first * channels, up + at + first * channels, count,
-                                 channels, maps[g].scale.data(), maps[g].shift.data(), slope, into);
+                                 channels, maps[g].scale.data(), maps[g].shift.data(),
+                                 static_cast<T>(options.slope), into);
     });
-    // From sum dz * x to sum dz * xhat, which is also the weight's gradient.
+    // From sum dz * x to sum dz * xhat.
     const double *stat = mean_var + g * 2 * channels;
     for (int64_t c = 0; c < channels; ++c) {
       part[channels + c] =
@@ -176,7 +193,7 @@ void backward_cpu(const Tensor &x, const Tensor &dy, const Tensor &weight, const
     }
     sums.insert(sums.end(), part.begin(), part.end());
   }
-  // The parameters' gradients are this worker's share; the bucket exchange sums them.
+  T *dw = dweight.mutable_data_ptr<T>(), *db = dbias.mutable_data_ptr<T>();
   for (int64_t c = 0; c < channels; ++c) {
     double bias_sum = 0, weight_sum = 0;
     for (int64_t g = 0; g < options.groups; ++g) {
@@ -186,7 +203,25 @@ void backward_cpu(const Tensor &x, const Tensor &dy, const Tensor &weight, const
     db[c] = static_cast<T>(bias_sum);
     dw[c] = static_cast<T>(weight_sum);
   }
-  if (options.reducer) options.reducer->sum(sums.data(), sums.size());
+  return sums;
+}
+
+template <typename T>
+void backward_cpu(const Tensors &x, const Tensors &dy, const Tensor &weight, const Tensor &bias,
+                  const Tensor &stats, const Options &options, Tensors &dx, Tensors &dweight,
+                  Tensors &dbias) {
+  const int64_t channels = weight.numel(), rows = x[0].numel() / channels / options.groups;
+  const T slope = static_cast<T>(options.slope);
+  const double *mean_var = stats.const_data_ptr<double>();
+  std::vector<Affine<T>> maps;
+  for (int64_t g = 0; g < options.groups; ++g)
+    maps.push_back(affine<T>(mean_var + g * 2 * channels, weight, bias, options.eps));
+  std::vector<double> sums;
+  for (size_t lane = 0; lane < x.size(); ++lane) {
+    auto row = gradient_sums_cpu<T>(x[lane], dy[lane], mean_var, maps, options, dweight[lane], dbias[lane]);
+    sums.insert(sums.end(), row.begin(), row.end());
+  }
+  sums = summed(std::move(sums), x.size(), options);
   std::vector<T> by_x(channels), constant(channels);
   for (int64_t g = 0; g < options.groups; ++g) {
     const double *stat = mean_var + g * 2 * channels, *sum = sums.data() + g * 2 * channels;
@@ -197,53 +232,74 @@ void backward_cpu(const Tensor &x, const Tensor &dy, const Tensor &weight, const
       by_x[c] = static_cast<T>(slope_of_x);
       constant[c] = static_cast<T>(-scale * sum[c] / options.count - slope_of_x * stat[c]);
     }
-    const int64_t at = g * rows * channels;
-    for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t count) {
-      const int64_t offset = at + first * channels;
-      kernels<T>().gradient(in + offset, up + offset, out + offset, count, channels,
-                            maps[g].scale.data(), maps[g].shift.data(), slope, by_x.data(),
-                            constant.data());
-    });
+    for (size_t lane = 0; lane < x.size(); ++lane) {
+      const int64_t at = g * rows * channels;
+      const T *in = x[lane].const_data_ptr<T>() + at, *up = dy[lane].const_data_ptr<T>() + at;
+      T *out = dx[lane].mutable_data_ptr<T>() + at;
+      for_chunks(rows, channels, [&](int64_t, int64_t first, int64_t count) {
+        const int64_t offset = first * channels;
+        kernels<T>().gradient(in + offset, up + offset, out + offset, count, channels,
+                              maps[g].scale.data(), maps[g].shift.data(), slope, by_x.data(),
+                              constant.data());
+      });
+    }
   }
+}
+
+// Each lane's in another type, or uninitialised memory like it.
+Tensors to(const Tensors &lanes, at::ScalarType type) {
+  Tensors out;
+  for (const Tensor &lane : lanes) out.push_back(lane.to(type));
+  return out;
+}
+Tensors empty_like(const Tensors &lanes, at::ScalarType type) {
+  Tensors out;
+  for (const Tensor &lane : lanes) out.push_back(at::empty_like(lane, lane.options().dtype(type)));
+  return out;
+}
+void copy(const Tensors &from, Tensors &to) {
+  for (size_t lane = 0; lane < to.size(); ++lane) to[lane].copy_(from[lane]);
 }
 
 // Fills y and stats, and on a GPU maps, which backward wants.
-void forward_any(const Tensor &x, const Tensor &weight, const Tensor &bias, const Options &options,
-                 Tensor &y, Tensor &stats, Tensor &maps) {
-  if (x.is_cuda()) {
+void forward_any(const Tensors &x, const Tensor &weight, const Tensor &bias, const Options &options,
+                 Tensors &y, Tensor &stats, Tensor &maps) {
+  const auto type = x[0].scalar_type();
+  if (x[0].is_cuda()) {
     maps = at::empty_like(stats, stats.options().dtype(weight.scalar_type()));
     cuda_table().batch_norm_forward(x, weight, bias, options, options.reducer.get(), y, stats, maps);
-  } else if (x.scalar_type() == at::kDouble) {
+  } else if (type == at::kDouble) {
     forward_cpu<double>(x, weight, bias, options, y, stats);
-  } else if (x.scalar_type() == at::kFloat) {
+  } else if (type == at::kFloat) {
     forward_cpu<float>(x, weight, bias, options, y, stats);
   } else {
     // For the tests of what runs on GPUs: one rounding, at the end, as there.
-    Tensor wide = at::empty_like(x, x.options().dtype(at::kFloat));
-    forward_cpu<float>(x.to(at::kFloat), weight, bias, options, wide, stats);
-    y.copy_(wide);
+    Tensors wide = empty_like(x, at::kFloat);
+    forward_cpu<float>(to(x, at::kFloat), weight, bias, options, wide, stats);
+    copy(wide, y);
   }
 }
 
-void backward_any(const Tensor &x, const Tensor &dy, const Tensor &weight, const Tensor &bias,
-                  const Tensor &stats, const Tensor &maps, const Options &options, Tensor &dx,
-                  Tensor &dweight, Tensor &dbias) {
-  if (x.is_cuda()) {
+void backward_any(const Tensors &x, const Tensors &dy, const Tensor &weight, const Tensor &bias,
+                  const Tensor &stats, const Tensor &maps, const Options &options, Tensors &dx,
+                  Tensors &dweight, Tensors &dbias) {
+  const auto type = x[0].scalar_type();
+  if (x[0].is_cuda()) {
     cuda_table().batch_norm_backward(x, dy, weight, stats, maps, options, options.reducer.get(), dx,
                                      dweight, dbias);
-  } else if (x.scalar_type() == at::kDouble) {
+  } else if (type == at::kDouble) {
     backward_cpu<double>(x, dy, weight, bias, stats, options, dx, dweight, dbias);
-  } else if (x.scalar_type() == at::kFloat) {
+  } else if (type == at::kFloat) {
     backward_cpu<float>(x, dy, weight, bias, stats, options, dx, dweight, dbias);
   } else {
-    Tensor wide = at::empty_like(x, x.options().dtype(at::kFloat));
-    backward_cpu<float>(x.to(at::kFloat), dy.to(at::kFloat), weight, bias, stats, options, wide,
+    Tensors wide = empty_like(x, at::kFloat);
+    backward_cpu<float>(to(x, at::kFloat), to(dy, at::kFloat), weight, bias, stats, options, wide,
                         dweight, dbias);
-    dx.copy_(wide);
+    copy(wide, dx);
   }
 }
 
-void check_input(const Tensor &x, const Tensor &weight, const Tensor &bias, const Options &options) {
+void check_lane(const Tensor &x, const Tensor &weight, const Tensor &bias, const Options &options) {
   TORCH_CHECK(x.dim() == 4 && x.size(0) % options.groups == 0,
               "batch norm wants [N, C, H, W] with N divisible by ", options.groups, ", not ", x.sizes());
   const auto type = x.scalar_type();
@@ -258,17 +314,42 @@ void check_input(const Tensor &x, const Tensor &weight, const Tensor &bias, cons
   }
 }
 
+void check_input(at::TensorList x, at::TensorList weights, at::TensorList biases, const Options &options) {
+  TORCH_CHECK(!x.empty(), "batch norm wants a lane");
+  TORCH_CHECK(x.size() == 1 || options.reducer, "batch norm over several lanes wants a reducer");
+  for (size_t lane = 0; lane < x.size(); ++lane) {
+    check_lane(x[lane], weights[lane], biases[lane], options);
+    TORCH_CHECK(x[lane].sizes() == x[0].sizes() && x[lane].options().type_equal(x[0].options()),
+                "all lanes of a batch norm have one shape and type, not ", x[0].sizes(), " and ",
+                x[lane].sizes());
+    TORCH_CHECK(weights[lane].const_data_ptr() == weights[0].const_data_ptr() &&
+                    biases[lane].const_data_ptr() == biases[0].const_data_ptr(),
+                "all lanes of a batch norm have their weights in one memory");
+  }
+}
+
+Tensors channels_last(at::TensorList lanes) {
+  Tensors out;
+  for (const Tensor &lane : lanes) out.push_back(lane.contiguous(at::MemoryFormat::ChannelsLast));
+  return out;
+}
+
+// Takes x, then weight, then bias of each lane; gives y of each lane, then the statistics.
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext *ctx,
-                                                const Tensor &x_any, const Tensor &weight,
-                                                const Tensor &bias, const Options &options) {
-    check_input(x_any, weight, bias, options);
-    const Tensor x = x_any.contiguous(at::MemoryFormat::ChannelsLast);
-    Tensor y = at::empty_like(x), maps;
-    Tensor stats = at::empty({options.groups, 2, x.size(1)}, x.options().dtype(at::kDouble));
-    forward_any(x, weight, bias, options, y, stats, maps);
-    ctx->save_for_backward({x, weight, bias, stats, maps});
+                                                at::TensorList x_any, at::TensorList weights,
+                                                at::TensorList biases, const Options &options) {
+    check_input(x_any, weights, biases, options);
+    const Tensors x = channels_last(x_any);
+    Tensors y = empty_like(x, x[0].scalar_type());
+    Tensor stats =
+        at::empty({options.groups, 2, x[0].size(1)}, x[0].options().dtype(at::kDouble));
+    Tensor maps;
+    forward_any(x, weights[0], biases[0], options, y, stats, maps);
+    torch::autograd::variable_list saved = x;
+    saved.insert(saved.end(), {weights[0], biases[0], stats, maps});
+    ctx->save_for_backward(std::move(saved));
     ctx->mark_non_differentiable({stats});
     ctx->saved_data["groups"] = options.groups;
     ctx->saved_data["count"] = options.count;
@@ -276,23 +357,34 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     ctx->saved_data["slope"] = options.slope;
     if (options.reducer) ctx->saved_data["reducer"] = c10::IValue::make_capsule(
         c10::make_intrusive<Holder>(options.reducer));
-    return {y, stats};
+    y.push_back(stats);
+    return y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext *ctx,
                                                  torch::autograd::variable_list grads) {
+    const size_t lanes = grads.size() - 1;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &stats = saved[3];
+    const Tensors x(saved.begin(), saved.begin() + lanes);
+    const Tensor &weight = saved[lanes], &bias = saved[lanes + 1], &stats = saved[lanes + 2];
     Options options{{ctx->saved_data["groups"].toInt(), ctx->saved_data["count"].toInt(),
                      ctx->saved_data["eps"].toDouble(), ctx->saved_data["slope"].toDouble()},
                     {}};
     const auto held = ctx->saved_data.find("reducer");
     if (held != ctx->saved_data.end())
       options.reducer = c10::static_intrusive_pointer_cast<Holder>(held->second.toCapsule())->reducer;
-    const Tensor dy = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
-    Tensor dx = at::empty_like(x), dweight = at::empty_like(weight), dbias = at::empty_like(bias);
-    backward_any(x, dy, weight, bias, stats, saved[4], options, dx, dweight, dbias);
-    return {dx, dweight, dbias, Tensor()};
+    const Tensors dy = channels_last(at::TensorList(grads).slice(0, lanes));
+    Tensors dx = empty_like(x, x[0].scalar_type()), dweight, dbias;
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      dweight.push_back(at::empty_like(weight));
+      dbias.push_back(at::empty_like(bias));
+    }
+    backward_any(x, dy, weight, bias, stats, saved[lanes + 3], options, dx, dweight, dbias);
+    torch::autograd::variable_list out = std::move(dx);
+    out.insert(out.end(), dweight.begin(), dweight.end());
+    out.insert(out.end(), dbias.begin(), dbias.end());
+    out.emplace_back();
+    return out;
   }
 
  private:
@@ -304,14 +396,16 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
 
 }  // namespace
 
-extern "C" char *takuma_batch_norm(tensor x, tensor weight, tensor bias,
+extern "C" char *takuma_batch_norm(const tensor *x, const tensor *weight, const tensor *bias, size_t lanes,
                                    const takuma_batch_norm_options *options, tensor *y,
                                    tensor *stats) {
   return guarded([&] {
     Options inner{{options->groups, options->count, options->eps, options->slope}, {}};
     if (options->reducer) inner.reducer = std::make_shared<Reducer>(*options->reducer);
-    auto out = BatchNorm::apply(deref(x), deref(weight), deref(bias), inner);
-    *y = new Tensor(out[0]);
-    *stats = new Tensor(out[1]);
+    const Tensors x_list = list(x, lanes), weights = list(weight, lanes), biases = list(bias, lanes);
+    auto out = BatchNorm::apply(at::TensorList(x_list), at::TensorList(weights),
+                                at::TensorList(biases), inner);
+    for (size_t lane = 0; lane < lanes; ++lane) y[lane] = new Tensor(out[lane]);
+    *stats = new Tensor(out[lanes]);
   });
 }

@@ -14,12 +14,15 @@ extern "C" {
 typedef void *tensor;
 
 // A Rust closure that sums `len` doubles over all workers, in place. `call` returns 0 on success.
-// `call_on_device` does the same with doubles on the GPU, enqueued on a cudaStream_t; it is NULL where the
+// `call_lanes` writes into `sums` the sum of `rows`, each `len` doubles of one of this worker's `lanes`, over all lanes
+// of all workers.
+// `call_on_device` does what `call` does with doubles on the GPU, enqueued on a cudaStream_t; it is NULL where the
 // values must go over the host.
 // `drop` is called once, when the last graph node that holds the reducer is gone.
 typedef struct {
   void *context;
   int (*call)(void *context, double *values, size_t len);
+  int (*call_lanes)(void *context, const double *rows, size_t lanes, double *sums, size_t len);
   int (*call_on_device)(void *context, double *values, size_t len, void *stream);
   void (*drop)(void *context);
 } takuma_reducer;
@@ -58,20 +61,23 @@ char *takuma_set_gradient_hook(tensor parameter, size_t index, takuma_gradient_s
 char *takuma_clear_gradients(const tensor *params, size_t n);
 
 typedef struct {
-  int64_t groups;       // the batch is cut into so many equal parts with statistics of their own
-  int64_t count;        // elements per channel and group over all workers
+  int64_t groups;       // each lane is cut into so many equal parts with statistics of their own
+  int64_t count;        // elements per channel and group over all lanes and workers
   double eps;           // added to the variance
   double slope;         // activation after it: 1 none, 0 ReLU, else LeakyReLU's negative slope
   const takuma_reducer *reducer; // NULL: statistics over this worker's batch
 } takuma_batch_norm_options;
 
-// Batch normalisation fused with the activation behind it, differentiable once.
-//   x       [N, C, H, W], float, double or bfloat16; made channels_last if it is not
-//   weight  [C], bias [C], of x's type, float for bfloat16
-//   y       given away: [N, C, H, W], channels_last
-//   stats   given away: double [groups, 2, C], mean and biased variance over all workers
+// Batch normalisation fused with the activation behind it, differentiable once; of `lanes` parts of the batch in tensors
+// of their own, with statistics over all of them and all workers. Each lane has gradients of its own and is
+// computed as if it were the only one, but for the statistics.
+//   x       by lane: [N, C, H, W], float, double or bfloat16; made channels_last if it is not
+//   weight  by lane: [C]; bias likewise; of x's type, float for bfloat16; all lanes' over the same memory
+//   y       given away, by lane: [N, C, H, W], channels_last
+//   stats   given away: double [groups, 2, C], mean and biased variance
+// Several lanes need a reducer.
 // Source: Ioffe and Szegedy 2015, section 3; PyTorch's BatchNorm2d and SyncBatchNorm in training.
-char *takuma_batch_norm(tensor x, tensor weight, tensor bias,
+char *takuma_batch_norm(const tensor *x, const tensor *weight, const tensor *bias, size_t lanes,
                         const takuma_batch_norm_options *options, tensor *y, tensor *stats);
 
 // x where x > 0, else slope * x; any shape, differentiable.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 use super::parameters::{Network, Parameter, Weights};
-use crate::torch::{self, SumReducer, TorchError};
+use crate::torch::{self, NormLane, SumReducer, TorchError};
 
 /// Added to the variance (PyTorch's default).
 const EPS: f64 = 1e-5;
@@ -14,9 +14,9 @@ const MOMENTUM: f64 = 0.1;
 
 /// What a forward pass in training must know of the group.
 pub struct Pass {
-    /// Images over all workers in each part of the batch that has statistics of its own.
+    /// Images over all lanes and workers in each part of the batch that has statistics of its own.
     pub images_per_group: i64,
-    /// Parts of the batch: 2 where real and fake images go through in one tensor.
+    /// Parts of each lane: 2 where real and fake images go through in one tensor.
     pub groups: i64,
     /// Sums statistics over the workers; none = one's own batch.
     pub reducer: Option<Arc<dyn SumReducer>>,
@@ -73,21 +73,21 @@ impl BatchNorm {
         }
     }
 
-    /// Normalises with the batch's statistics, then applies the activation (`slope` as in
+    /// Normalises each lane's `x` with the statistics of the batch, then applies the activation (`slope` as in
     /// [`torch::BatchNormOptions`]). Running statistics change only when `updates` are committed.
     ///
     /// # Shapes
-    /// `x` `[N, C, H, W]` to the same, channels_last.
+    /// By lane: `[N, C, H, W]` to the same, channels_last.
     ///
     /// # Errors
     /// libtorch's, or a failed exchange of statistics.
     pub fn train(
-        &self,
-        x: &Tensor,
+        lanes: &[&Self],
+        x: &[Tensor],
         slope: f64,
         pass: &Pass,
         updates: &mut NormUpdates,
-    ) -> Result<Tensor, TorchError> {
+    ) -> Result<Vec<Tensor>, TorchError> {
         let options = torch::BatchNormOptions {
             groups: pass.groups,
             images_per_group: pass.images_per_group,
@@ -95,8 +95,13 @@ impl BatchNorm {
             slope,
             reducer: pass.reducer.clone(),
         };
-        let (y, stats) = torch::batch_norm(x, &self.weight.tensor, &self.bias.tensor, &options)?;
-        let pixels: i64 = x.size().iter().skip(2).product();
+        let parts: Vec<_> = lanes
+            .iter()
+            .zip(x)
+            .map(|(lane, x)| NormLane { x, weight: &lane.weight.tensor, bias: &lane.bias.tensor })
+            .collect();
+        let (y, stats) = torch::batch_norm_lanes(&parts, &options)?;
+        let pixels: i64 = x[0].size().iter().skip(2).product();
         updates.0.push(NormUpdate { stats, elements: (pass.images_per_group * pixels) as f64 });
         Ok(y)
     }

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::arithmetic::cast;
 use super::batch_norm::{BatchNorm, NormUpdates, Pass};
-use super::layers::{Conv, Linear};
+use super::layers::{Conv, Linear, each};
 use super::parameters::{Network, Parameter, Weights};
 use crate::torch::{self, TorchError};
 
@@ -13,6 +13,8 @@ use crate::torch::{self, TorchError};
 /// # Source
 /// Radford et al. 2016 (DCGAN), section 4.
 const SLOPE: f64 = 0.2;
+/// Convolutions with a batch norm behind them.
+const BLOCKS: usize = 3;
 
 /// Four 5x5 stride-2 convolutions, batch norm on the last three, LeakyReLU after each, one linear.
 #[derive(Debug)]
@@ -60,28 +62,39 @@ impl Discriminator {
         }
     }
 
-    /// Logits in training.
+    /// Logits in training: of each lane, whose weights are aliases of one network's, by its own aliases.
     ///
     /// # Shapes
-    /// `images_nchw` `[N, 3, 64, 64]` in `[-1, 1]`, of any type, to `[N]` in the weights' type.
+    /// By lane: `images_nchw` `[N, 3, 64, 64]` in `[-1, 1]`, of any type, to `[N]` in the weights' type.
     ///
     /// # Errors
     /// libtorch's, or a failed exchange of batch statistics.
     pub fn train(
-        &self,
-        images_nchw: &Tensor,
+        lanes: &[&Self],
+        images_nchw: &[Tensor],
         pass: &Pass,
         updates: &mut NormUpdates,
-    ) -> Result<Tensor, TorchError> {
-        let images_nchw = cast(images_nchw, self.compute);
-        let mut x = torch::leaky_relu(&self.conv1.forward(&images_nchw), SLOPE)?;
-        for (conv, norm) in [(&self.conv2, &self.bn2), (&self.conv3, &self.bn3), (&self.conv4, &self.bn4)] {
-            x = norm.train(&conv.forward(&x), SLOPE, pass, updates)?;
+    ) -> Result<Vec<Tensor>, TorchError> {
+        let mut x = each(lanes, images_nchw, |lane, images_nchw| {
+            torch::leaky_relu(&lane.conv1.forward(&cast(images_nchw, lane.compute)), SLOPE)
+        })?;
+        for block in 0..BLOCKS {
+            x = each(lanes, &x, |lane, x| Ok(lane.blocks()[block].0.forward(x)))?;
+            let norms: Vec<_> = lanes.iter().map(|lane| lane.blocks()[block].1).collect();
+            x = BatchNorm::train(&norms, &x, SLOPE, pass, updates)?;
         }
+        each(lanes, &x, |lane, x| Ok(lane.logits(x)))
+    }
+
+    fn logits(&self, x: &Tensor) -> Tensor {
         // PyTorch flattens in [C, H, W] order whatever the memory's. The logit has the weights' precision: the
         // loss is made of it, and one column costs nothing.
         let features = cast(&x.contiguous().flatten(1, -1), self.fc.kind());
-        Ok(self.fc.forward(&features).view(-1))
+        self.fc.forward(&features).view(-1)
+    }
+
+    fn blocks(&self) -> [(&Conv, &BatchNorm); BLOCKS] {
+        [(&self.conv2, &self.bn2), (&self.conv3, &self.bn3), (&self.conv4, &self.bn4)]
     }
 }
 

@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::arithmetic::{Arithmetic, cast};
 use super::batch_norm::{BatchNorm, NormUpdates, Pass};
-use super::layers::{Deconv, Linear};
+use super::layers::{Deconv, Linear, each};
 use super::parameters::{Network, Parameter, Weights, channels_last};
 use crate::torch::TorchError;
 
@@ -12,6 +12,8 @@ use crate::torch::TorchError;
 pub const NOISE_LEN: i64 = 100;
 /// Side of the first feature map.
 const START: i64 = 4;
+/// Transposed convolutions with a batch norm behind them.
+const BLOCKS: usize = 3;
 /// No activation behind a batch norm.
 const LINEAR: f64 = 1.0;
 /// ReLU behind a batch norm.
@@ -76,32 +78,35 @@ impl Generator {
         }
     }
 
-    /// Images in training.
+    /// Images in training: of each lane, whose weights are aliases of one network's, by its own aliases.
     ///
     /// # Shapes
-    /// `noise_nz` `[N, 100]` in `[-1, 1]` to `[N, 3, 64, 64]` in `[-1, 1]`, channels_last, in the type that
-    /// the network computes in.
+    /// By lane: `noise_nz` `[N, 100]` in `[-1, 1]` to `[N, 3, 64, 64]` in `[-1, 1]`, channels_last, in the type
+    /// that the network computes in.
     ///
     /// # Errors
     /// libtorch's, or a failed exchange of batch statistics.
     pub fn train(
-        &self,
-        noise_nz: &Tensor,
+        lanes: &[&Self],
+        noise_nz: &[Tensor],
         pass: &Pass,
         updates: &mut NormUpdates,
-    ) -> Result<Tensor, TorchError> {
-        let noise_nz = cast(noise_nz, self.compute);
-        let mut x = self.bn0.train(&self.stem(&noise_nz), LINEAR, pass, updates)?;
-        for (deconv, norm) in self.blocks() {
-            x = norm.train(&deconv.forward(&x), RELU, pass, updates)?;
+    ) -> Result<Vec<Tensor>, TorchError> {
+        let mut x = each(lanes, noise_nz, |lane, noise_nz| Ok(lane.stem(&cast(noise_nz, lane.compute))))?;
+        let norms: Vec<_> = lanes.iter().map(|lane| &lane.bn0).collect();
+        x = BatchNorm::train(&norms, &x, LINEAR, pass, updates)?;
+        for block in 0..BLOCKS {
+            x = each(lanes, &x, |lane, x| Ok(lane.blocks()[block].0.forward(x)))?;
+            let norms: Vec<_> = lanes.iter().map(|lane| lane.blocks()[block].1).collect();
+            x = BatchNorm::train(&norms, &x, RELU, pass, updates)?;
         }
-        Ok(self.deconv4.forward(&x).tanh())
+        each(lanes, &x, |lane, x| Ok(lane.deconv4.forward(x).tanh()))
     }
 
     /// Images with the running statistics: what samples show. Computed in the type of `noise_nz`.
     ///
     /// # Shapes
-    /// As [`Generator::train`].
+    /// `[N, 100]` to `[N, 3, 64, 64]` in `[-1, 1]`, channels_last.
     pub fn infer(&self, noise_nz: &Tensor) -> Tensor {
         tch::no_grad(|| {
             let mut x = self.bn0.infer(&self.stem(noise_nz), LINEAR);
@@ -117,7 +122,7 @@ impl Generator {
         channels_last(&x.view([-1, self.channels, START, START]))
     }
 
-    fn blocks(&self) -> [(&Deconv, &BatchNorm); 3] {
+    fn blocks(&self) -> [(&Deconv, &BatchNorm); BLOCKS] {
         [(&self.deconv1, &self.bn1), (&self.deconv2, &self.bn2), (&self.deconv3, &self.bn3)]
     }
 }

@@ -7,9 +7,19 @@ use tch::{Kind, Tensor};
 
 use super::arithmetic::cast;
 use super::parameters::{Parameter, Weights};
+use crate::torch::TorchError;
 
 /// Side of every kernel.
 const KERNEL: i64 = 5;
+
+/// What `layer` makes of each lane's tensor: whatever number of lanes there is, a kernel sees one of them.
+pub fn each<N>(
+    lanes: &[&N],
+    x: &[Tensor],
+    layer: impl Fn(&N, &Tensor) -> Result<Tensor, TorchError>,
+) -> Result<Vec<Tensor>, TorchError> {
+    lanes.iter().zip(x).map(|(lane, x)| layer(lane, x)).collect()
+}
 
 /// 5x5 convolution of stride 2 with bias: halves height and width.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use takuma_core::config::{OnNan, Recipe, RunConfig};
 use tch::Tensor;
 
 use super::ahead::Ahead;
-use super::lanes::Lanes;
+use super::lanes::{LaneForm, Lanes};
 use super::phase::{Phase, PhaseError, PhaseSums};
 use super::update::Updater;
 use crate::model::{Arithmetic, Discriminator, Generator, Network, Weights};
@@ -80,10 +80,23 @@ impl Dcgan {
     /// Takes over `state` for a run, in whatever groups `exchange` enters.
     #[must_use]
     pub fn new(config: &RunConfig, state: DcganState, exchange: &Arc<Exchange>) -> Self {
+        let form = LaneForm::of(state.generator.arithmetic().device);
+        Self::with_lanes(config, state, exchange, form)
+    }
+
+    /// The same with a form of lanes that may not be the device's own: `Together` is for both kinds of device,
+    /// `Apart` for a processor alone. It changes no bit, and nothing at all outside of exact mode.
+    #[must_use]
+    pub fn with_lanes(
+        config: &RunConfig,
+        state: DcganState,
+        exchange: &Arc<Exchange>,
+        form: LaneForm,
+    ) -> Self {
         Self {
             update_g: Updater::new(config, exchange, &state.generator),
             update_d: Updater::new(config, exchange, &state.discriminator),
-            lanes: Lanes::new(config, exchange),
+            lanes: Lanes::new(config, exchange, form),
             ahead: None,
             image_size: i64::from(config.recipe.image_size()),
             on_nan: config.on_nan,

@@ -1,7 +1,8 @@
-//! [`Lane`]: the passes of a phase over one part of a worker's batch, up to the gradients.
+//! [`LaneGraph`]: the passes of a phase over parts of a worker's batch, up to the gradients.
 //!
 //! Normally a worker is one lane, which computes with all of its threads. In exact mode it has several,
-//! cut by the run's configuration alone and computed each on one thread.
+//! cut by the run's configuration alone. They are computed each in a graph of its own, or all in one, with the same
+//! bits: whatever is computed, is computed for one lane at a time, but for the sums of batch statistics.
 
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::dcgan::{Batch, DcganState};
 use super::phase::Phase;
-use crate::model::{Network, NormUpdates, Pass};
+use crate::model::{Discriminator, Generator, Network, NormUpdates, Pass};
 use crate::torch::{self, SumReducer, TorchError};
 
 /// What every lane must know of the phase.
@@ -48,19 +49,21 @@ impl Results {
     }
 }
 
-/// A pass of G that waits for its update.
+/// A pass of G that waits for its update. Lists are by lane.
 struct GeneratorPass {
     /// Where it was made: a graph exchanges with the group that it was made in.
     group: u64,
-    noise_nz: Tensor,
+    noise_nz: Vec<Tensor>,
     /// `[N, 3, 64, 64]`, with the graph back to G's weights.
-    fakes_nchw: Tensor,
+    fakes_nchw: Vec<Tensor>,
     norms: NormUpdates,
 }
 
-/// Networks with gradients of their own over the worker's weights.
-pub(super) struct Lane {
-    state: DcganState,
+/// One or more lanes that share an autograd graph, and with it a thread.
+#[derive(Default)]
+pub(super) struct LaneGraph {
+    /// By lane: networks over the worker's weights, with gradients of their own.
+    states: Vec<DcganState>,
     /// Sums batch statistics over the global batch; none if there is nobody else.
     reducer: Option<Arc<dyn SumReducer>>,
     /// The phase's pass of G; D's is kept for G1.
@@ -68,15 +71,20 @@ pub(super) struct Lane {
     d_norms: NormUpdates,
 }
 
-impl Lane {
-    /// A lane over the weights of `state`, which must stay in their memory.
-    pub(super) fn new(state: &DcganState) -> Self {
-        Self { state: state.alias(), reducer: None, pass: None, d_norms: NormUpdates::default() }
+impl LaneGraph {
+    /// By lane, its networks: parameters in the worker's memory, gradients of its own.
+    pub(super) fn states(&self) -> &[DcganState] {
+        &self.states
     }
 
-    /// The lane's networks: parameters in the worker's memory, gradients of its own.
-    pub(super) fn state(&self) -> &DcganState {
-        &self.state
+    /// Adds a lane over the weights that the others have, too, and that must stay in their memory.
+    pub(super) fn push(&mut self, state: DcganState) {
+        self.states.push(state);
+    }
+
+    /// Keeps the first `lanes` lanes.
+    pub(super) fn truncate(&mut self, lanes: usize) {
+        self.states.truncate(lanes);
     }
 
     /// Sets who sums the batch statistics from now on.
@@ -90,31 +98,32 @@ impl Lane {
         self.d_norms = NormUpdates::default();
     }
 
-    /// Forward and backward of `phase`. Gradients are then complete in the phase's network or have gone to
-    /// its buckets, and statistics wait in [`Lane::norms`].
+    /// Forward and backward of `phase`, with a batch for each lane. Gradients are then complete in the phase's
+    /// networks or have gone to its buckets, and statistics wait in [`LaneGraph::norms`]. Results are by lane.
     ///
     /// # Errors
     /// libtorch's, or a failed exchange inside of it. The pass of G is then unusable.
     pub(super) fn run(
         &mut self,
         phase: Phase,
-        batch: &Batch,
+        batches: &[Batch],
         setting: &Setting,
-    ) -> Result<Results, TorchError> {
+    ) -> Result<Vec<Results>, TorchError> {
+        assert_eq!(batches.len(), self.states.len(), "each lane has its batch");
         // Taken out: whatever fails from here on, the pass is gone, as its graph may be half used.
         let pass = match self.pass.take() {
-            Some(kept) if phase == Phase::G1 && kept.is_of(batch, setting) => kept,
-            _ => self.generate(&batch.noise_nz, setting)?,
+            Some(kept) if phase == Phase::G1 && kept.is_of(batches, setting) => kept,
+            _ => self.generate(batches, setting)?,
         };
         let results = match phase {
-            Phase::D => self.d_passes(&batch.reals_nchw, &pass, setting)?,
+            Phase::D => self.d_passes(batches, &pass, setting)?,
             Phase::G1 | Phase::G2 => self.g_passes(&pass, setting)?,
         };
         self.pass = Some(pass);
         Ok(results)
     }
 
-    /// Statistics of the phase that just ran, of the generator and of the discriminator.
+    /// Statistics of the phase that just ran, of the generator and of the discriminator, the same for all lanes.
     ///
     /// # Panics
     /// If it did not run to its end.
@@ -125,68 +134,99 @@ impl Lane {
 
     fn d_passes(
         &mut self,
-        reals_nchw: &Tensor,
+        batches: &[Batch],
         pass: &GeneratorPass,
         setting: &Setting,
-    ) -> Result<Results, TorchError> {
-        let images = joined(reals_nchw, &pass.fakes_nchw.detach());
+    ) -> Result<Vec<Results>, TorchError> {
+        let fakes_nchw = pass.fakes_nchw.iter().map(Tensor::detach);
+        let images: Vec<Tensor> =
+            batches.iter().zip(fakes_nchw).map(|(batch, fakes)| joined(&batch.reals_nchw, &fakes)).collect();
         let logits = self.discriminate(&images, 2, setting)?;
-        let half = logits.size()[0] / 2;
-        let (real, fake) = (logits.narrow(0, 0, half), logits.narrow(0, half, half));
-        let loss = cross_entropy(&real, 1.0, setting) + cross_entropy(&fake, 0.0, setting);
-        torch::backward(&loss, &self.state.discriminator.tensors())?;
-        let right = real.gt(0.0).sum(Kind::Double) + fake.lt(0.0).sum(Kind::Double);
-        Ok(Results { loss: loss.detach(), right: Some(right) })
+        let halves: Vec<[Tensor; 2]> = logits
+            .iter()
+            .map(|logits| {
+                let half = logits.size()[0] / 2;
+                [logits.narrow(0, 0, half), logits.narrow(0, half, half)]
+            })
+            .collect();
+        let losses: Vec<Tensor> = halves
+            .iter()
+            .map(|[real, fake]| cross_entropy(real, 1.0, setting) + cross_entropy(fake, 0.0, setting))
+            .collect();
+        backward(&losses, self.states.iter().map(|state| &state.discriminator))?;
+        let results = losses.iter().zip(&halves).map(|(loss, [real, fake])| {
+            let right = real.gt(0.0).sum(Kind::Double) + fake.lt(0.0).sum(Kind::Double);
+            Results { loss: loss.detach(), right: Some(right) }
+        });
+        Ok(results.collect())
     }
 
-    fn g_passes(&mut self, pass: &GeneratorPass, setting: &Setting) -> Result<Results, TorchError> {
+    fn g_passes(&mut self, pass: &GeneratorPass, setting: &Setting) -> Result<Vec<Results>, TorchError> {
         let logits = self.discriminate(&pass.fakes_nchw, 1, setting)?;
-        let loss = cross_entropy(&logits, 1.0, setting);
-        torch::backward(&loss, &self.state.generator.tensors())?;
-        Ok(Results { loss: loss.detach(), right: None })
+        let losses: Vec<Tensor> = logits.iter().map(|logits| cross_entropy(logits, 1.0, setting)).collect();
+        backward(&losses, self.states.iter().map(|state| &state.generator))?;
+        Ok(losses.iter().map(|loss| Results { loss: loss.detach(), right: None }).collect())
     }
 
-    fn generate(&self, noise_nz: &Tensor, setting: &Setting) -> Result<GeneratorPass, TorchError> {
+    fn generate(&self, batches: &[Batch], setting: &Setting) -> Result<GeneratorPass, TorchError> {
+        let noise_nz: Vec<Tensor> = batches.iter().map(|batch| batch.noise_nz.shallow_clone()).collect();
+        let lanes: Vec<&Generator> = self.states.iter().map(|state| &state.generator).collect();
         let mut norms = NormUpdates::default();
-        let fakes_nchw =
-            self.state.generator.train(noise_nz, &self.pass_of(noise_nz, 1, setting), &mut norms)?;
-        Ok(GeneratorPass { group: setting.group, noise_nz: noise_nz.shallow_clone(), fakes_nchw, norms })
+        let pass = self.pass_of(&noise_nz, 1, setting);
+        let fakes_nchw = Generator::train(&lanes, &noise_nz, &pass, &mut norms)?;
+        Ok(GeneratorPass { group: setting.group, noise_nz, fakes_nchw, norms })
     }
 
-    /// Logits of D in training, of `groups` parts with statistics of their own.
+    /// By lane, logits of D in training, of `groups` parts with statistics of their own.
     fn discriminate(
         &mut self,
-        images_nchw: &Tensor,
+        images_nchw: &[Tensor],
         groups: i64,
         setting: &Setting,
-    ) -> Result<Tensor, TorchError> {
+    ) -> Result<Vec<Tensor>, TorchError> {
+        let lanes: Vec<&Discriminator> = self.states.iter().map(|state| &state.discriminator).collect();
         let mut norms = NormUpdates::default();
         let pass = self.pass_of(images_nchw, groups, setting);
-        let logits = self.state.discriminator.train(images_nchw, &pass, &mut norms)?;
+        let logits = Discriminator::train(&lanes, images_nchw, &pass, &mut norms)?;
         self.d_norms = norms;
         Ok(logits)
     }
 
-    /// What a pass over `groups` parts of a batch must know of the whole batch.
-    fn pass_of(&self, local: &Tensor, groups: i64, setting: &Setting) -> Pass {
+    /// What a pass over `groups` parts of each lane must know of the whole batch.
+    fn pass_of(&self, lanes: &[Tensor], groups: i64, setting: &Setting) -> Pass {
         match setting.batch_norm {
             BatchNorm::Sync => {
                 Pass { images_per_group: setting.global_batch, groups, reducer: self.reducer.clone() }
             }
-            BatchNorm::Local => Pass { images_per_group: local.size()[0] / groups, groups, reducer: None },
+            // Of one lane: exact mode has no local statistics.
+            BatchNorm::Local => Pass { images_per_group: lanes[0].size()[0] / groups, groups, reducer: None },
         }
     }
 }
 
 impl GeneratorPass {
-    /// Whether it was made in this group from this batch's noise.
-    fn is_of(&self, batch: &Batch, setting: &Setting) -> bool {
-        let (own, other) = (&self.noise_nz, &batch.noise_nz);
-        // The same memory holds the same noise, and to see that a GPU need not be waited for.
+    /// Whether it was made in this group from the noise of these batches.
+    fn is_of(&self, batches: &[Batch], setting: &Setting) -> bool {
+        let is_same = |(own, batch): (&Tensor, &Batch)| {
+            let other = &batch.noise_nz;
+            // The same memory holds the same noise, and to see that a GPU need not be waited for.
+            own.size() == other.size() && (own.data_ptr() == other.data_ptr() || own.equal(other))
+        };
         self.group == setting.group
-            && own.size() == other.size()
-            && (own.data_ptr() == other.data_ptr() || own.equal(other))
+            && self.noise_nz.len() == batches.len()
+            && self.noise_nz.iter().zip(batches).all(is_same)
     }
+}
+
+/// One backward pass from the losses of all lanes to their networks' gradients: each lane's are those of its own loss.
+fn backward<'a, N: Network + 'a>(
+    losses: &[Tensor],
+    networks: impl Iterator<Item = &'a N>,
+) -> Result<(), TorchError> {
+    let parameters: Vec<&Tensor> = networks.flat_map(Network::tensors).collect();
+    let (first, others) = losses.split_first().expect("there is a lane");
+    let sum = others.iter().fold(first.shallow_clone(), |sum, loss| sum + loss);
+    torch::backward(&sum, &parameters)
 }
 
 /// Sigmoid cross-entropy against one label, summed here and divided by the *global* batch, so that

@@ -10,5 +10,6 @@ mod update;
 
 pub use ahead::{Images, Outcome, StepInput, Ticket};
 pub use dcgan::{Batch, Dcgan, DcganState};
+pub use lanes::LaneForm;
 pub use phase::{Phase, PhaseError, PhaseSums};
 pub use update::Updater;

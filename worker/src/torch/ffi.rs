@@ -14,6 +14,7 @@ pub type CallOnDevice = unsafe extern "C" fn(*mut c_void, *mut f64, usize, *mut 
 pub struct Reducer {
     pub context: *mut c_void,
     pub call: unsafe extern "C" fn(*mut c_void, *mut f64, usize) -> i32,
+    pub call_lanes: unsafe extern "C" fn(*mut c_void, *const f64, usize, *mut f64, usize) -> i32,
     pub call_on_device: Option<CallOnDevice>,
     pub drop: unsafe extern "C" fn(*mut c_void),
 }
@@ -60,9 +61,10 @@ unsafe extern "C" {
         index: RawTensor,
     ) -> *mut c_char;
     pub fn takuma_batch_norm(
-        x: RawTensor,
-        weight: RawTensor,
-        bias: RawTensor,
+        x: *const RawTensor,
+        weight: *const RawTensor,
+        bias: *const RawTensor,
+        lanes: usize,
         options: *const BatchNormOptions,
         y: *mut RawTensor,
         stats: *mut RawTensor,

@@ -11,7 +11,8 @@ use tch::Tensor;
 pub use autograd::{Gradient, GradientSink, backward, clear_gradients, leaky_relu, set_gradient_hook};
 pub use images::{copies, copy_async, gather_images, host_like};
 pub use norm::{
-    BatchNormOptions, DeviceSumReducer, RunningStatistics, SumReducer, batch_norm, commit_statistics,
+    BatchNormOptions, DeviceSumReducer, NormLane, RunningStatistics, SumReducer, batch_norm,
+    batch_norm_lanes, commit_statistics,
 };
 pub use update::{AdamOptions, AdamTensors, Guard, first_not_finite, fused_adam, guard};
 

@@ -12,6 +12,23 @@ pub trait SumReducer: Send + Sync + 'static {
     /// Sums `values` over all workers.
     fn sum(&self, values: &mut [f64]) -> bool;
 
+    /// Writes into `sums` the sum of `rows`, those of this worker's lanes one after the other, over all lanes of all
+    /// workers. Unless a reducer knows better, lane after lane here, and then over the workers.
+    ///
+    /// # Shapes
+    /// `rows` `[lanes * len]`, one lane or more; `sums` `[len]`.
+    fn sum_lanes(&self, rows: &[f64], sums: &mut [f64]) -> bool {
+        let (first, rest) = rows.split_at(sums.len());
+        sums.copy_from_slice(first);
+        // An empty row has no chunks, and then there are no values either.
+        for row in rest.chunks_exact(sums.len().max(1)) {
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+        self.sum(sums)
+    }
+
     /// The same for values on the GPU, if there is a way that spares them the trip over the host. Must give
     /// the same answer for the reducer's whole life.
     fn on_device(&self) -> Option<&dyn DeviceSumReducer> {
@@ -33,9 +50,9 @@ pub trait DeviceSumReducer: Send + Sync {
 /// Options of [`batch_norm`].
 #[derive(Clone)]
 pub struct BatchNormOptions {
-    /// The batch is cut into so many equal parts, each with its own statistics.
+    /// Each lane is cut into so many equal parts, each with statistics of its own.
     pub groups: i64,
-    /// Images per group over all workers; times height and width this is the divisor.
+    /// Images per group over all lanes and workers; times height and width this is the divisor.
     pub images_per_group: i64,
     /// Added to the variance.
     pub eps: f64,
@@ -45,30 +62,60 @@ pub struct BatchNormOptions {
     pub reducer: Option<Arc<dyn SumReducer>>,
 }
 
-/// Batch normalisation in training, fused with the activation behind it. On a GPU it is enqueued only, unless
-/// a reducer without [`SumReducer::on_device`] has to see the sums on the host.
+/// A part of the batch that is computed by itself, and the trained tensors in whose gradients its share comes out.
+#[derive(Debug, Clone, Copy)]
+pub struct NormLane<'a> {
+    /// `[N, C, H, W]`.
+    pub x: &'a Tensor,
+    /// `[C]`.
+    pub weight: &'a Tensor,
+    /// `[C]`.
+    pub bias: &'a Tensor,
+}
+
+/// [`batch_norm_lanes`] of a single lane.
 ///
 /// # Shapes
-/// `x` `[N, C, H, W]` with N divisible by `groups`, f32, f64 or bf16; `weight`, `bias` `[C]`, of x's type, f32
-/// for bf16. Returns y (as x, channels_last) and the statistics on x's device, f64 `[groups, 2, C]`: mean
-/// and biased variance.
+/// Returns y, as `x`, and the statistics.
 ///
 /// # Errors
-/// Shapes that do not fit, or a failed exchange.
-///
-/// # Source
-/// Ioffe and Szegedy 2015, section 3; `torch.nn.SyncBatchNorm`.
+/// As there.
 pub fn batch_norm(
     x: &Tensor,
     weight: &Tensor,
     bias: &Tensor,
     options: &BatchNormOptions,
 ) -> Result<(Tensor, Tensor), TorchError> {
-    let size = x.size();
+    let (mut y, stats) = batch_norm_lanes(&[NormLane { x, weight, bias }], options)?;
+    Ok((y.swap_remove(0), stats))
+}
+
+/// Batch normalisation in training, fused with the activation behind it. On a GPU it is enqueued only, unless
+/// a reducer without [`SumReducer::on_device`], or several lanes, have to see the sums on the host.
+///
+/// Statistics are over all lanes and workers. All else is computed lane by lane, each as if it were the only one, so that
+/// a lane's bits do not depend on how many there are. One backward pass reaches all of them.
+///
+/// # Shapes
+/// By lane: `x` `[N, C, H, W]` with N divisible by `groups`, f32, f64 or bf16; `weight`, `bias` `[C]`, of x's type,
+/// f32 for bf16. Several lanes have one shape, aliases of the same weights, and a reducer. Returns each lane's
+/// y (as x, channels_last) and the statistics on x's device, f64 `[groups, 2, C]`: mean and biased variance.
+///
+/// # Errors
+/// Shapes that do not fit, or a failed exchange.
+///
+/// # Source
+/// Ioffe and Szegedy 2015, section 3; `torch.nn.SyncBatchNorm`.
+pub fn batch_norm_lanes(
+    lanes: &[NormLane<'_>],
+    options: &BatchNormOptions,
+) -> Result<(Vec<Tensor>, Tensor), TorchError> {
+    let size = lanes.first().map(|lane| lane.x.size()).unwrap_or_default();
     let pixels: i64 = size.iter().skip(2).product();
     let reducer = options.reducer.as_ref().map(|reducer| ffi::Reducer {
         context: Box::into_raw(Box::new(Arc::clone(reducer))).cast(),
         call: call_reducer,
+        call_lanes: call_lanes_reducer,
         call_on_device: reducer.on_device().map(|_| call_device_reducer as ffi::CallOnDevice),
         drop: drop_boxed::<dyn SumReducer>,
     });
@@ -79,16 +126,28 @@ pub fn batch_norm(
         slope: options.slope,
         reducer: reducer.as_ref().map_or(std::ptr::null(), std::ptr::from_ref),
     };
-    let (mut y, mut stats) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: the tensors are borrowed for the call; `inner` and its reducer are read during it and
-    // the reducer's context is owned by the graph from here on (freed by drop_boxed); y and stats
-    // are given to us when the call succeeds.
+    let list = |of: fn(&NormLane<'_>) -> ffi::RawTensor| lanes.iter().map(of).collect::<Vec<_>>();
+    let (x, weight, bias) =
+        (list(|lane| raw(lane.x)), list(|lane| raw(lane.weight)), list(|lane| raw(lane.bias)));
+    let (mut y, mut stats) = (vec![std::ptr::null_mut(); lanes.len()], std::ptr::null_mut());
+    // SAFETY: four lists of one entry a lane; the tensors are borrowed for the call; `inner` and its reducer are read
+    // during it and the reducer's context is owned by the graph from here on (freed by drop_boxed); the
+    // entries of y and stats are given to us when the call succeeds.
     unsafe {
         check(
             "batch_norm",
-            ffi::takuma_batch_norm(raw(x), raw(weight), raw(bias), &inner, &mut y, &mut stats),
+            ffi::takuma_batch_norm(
+                x.as_ptr(),
+                weight.as_ptr(),
+                bias.as_ptr(),
+                lanes.len(),
+                &inner,
+                y.as_mut_ptr(),
+                &mut stats,
+            ),
         )?;
-        Ok((Tensor::from_ptr(y.cast()), Tensor::from_ptr(stats.cast())))
+        let y = y.into_iter().map(|y| Tensor::from_ptr(y.cast())).collect();
+        Ok((y, Tensor::from_ptr(stats.cast())))
     }
 }
 
@@ -97,6 +156,25 @@ unsafe extern "C" fn call_reducer(context: *mut c_void, values: *mut f64, len: u
     let (reducer, values) =
         unsafe { (&*context.cast::<Arc<dyn SumReducer>>(), std::slice::from_raw_parts_mut(values, len)) };
     i32::from(!caught(false, || reducer.sum(values)))
+}
+
+unsafe extern "C" fn call_lanes_reducer(
+    context: *mut c_void,
+    rows: *const f64,
+    lanes: usize,
+    sums: *mut f64,
+    len: usize,
+) -> i32 {
+    // SAFETY: context is the boxed Arc that batch_norm gave away; there are `lanes` rows of len doubles each, and
+    // room for len sums elsewhere.
+    let (reducer, rows, sums) = unsafe {
+        (
+            &*context.cast::<Arc<dyn SumReducer>>(),
+            std::slice::from_raw_parts(rows, lanes * len),
+            std::slice::from_raw_parts_mut(sums, len),
+        )
+    };
+    i32::from(!caught(false, || reducer.sum_lanes(rows, sums)))
 }
 
 unsafe extern "C" fn call_device_reducer(

@@ -53,6 +53,17 @@ pub enum AgreeError {
     /// The state cannot be written or read at all.
     #[error("the state of a peer cannot be taken over: {0}")]
     State(String),
+    /// In exact mode: this member would compute other bits than the one that has the state.
+    #[error(
+        "exact mode has the same bits on devices of one model, and this worker computes on {own} where its group does on \
+         {theirs}; start it on such a device, or run without --exact"
+    )]
+    OtherModel {
+        /// What this member computes on.
+        own: String,
+        /// What the member with the state computes on.
+        theirs: String,
+    },
     /// Nobody has any state.
     #[error("no member of the group has any state")]
     Nobody,
@@ -72,36 +83,44 @@ struct Head {
     parts: [u64; 3],
 }
 
-/// Bytes of a member's place: has state, step, phase.
+/// Bytes of a member's place: has state, step, phase. Its device's model follows.
 const PLACE_BYTES: usize = 17;
 
 /// Finds the furthest member and gives its state to those who lack it.
 ///
-/// `own` is `None` where the member has no state yet. `unkept` are this member's metrics that are not stored;
+/// `own` is `None` where the member has no state yet. `model` is what must be the same on all members: of their devices,
+/// in exact mode, else empty. `unkept` are this member's metrics that are not stored;
 /// a receiver's are replaced by the source's through `take_reports`.
 ///
 /// # Errors
-/// The group broke, nobody has state, or a state does not fit.
+/// The group broke, nobody has state, a state does not fit, or this member is of another model than the state's.
 pub fn agree(
     collective: &Arc<dyn Collective>,
     net: &mut Dcgan,
     own: &mut Option<Progressed>,
+    model: &str,
     unkept: impl FnOnce() -> Vec<StepReport>,
     take_reports: impl FnOnce(Vec<StepReport>),
 ) -> Result<Agreement, AgreeError> {
-    let mut place = [0u8; PLACE_BYTES];
+    let mut place = vec![0u8; PLACE_BYTES];
     if let Some(own) = own {
         place[0] = 1;
         place[1..9].copy_from_slice(&own.step.to_le_bytes());
         place[9..].copy_from_slice(&(own.phase() as u64).to_le_bytes());
     }
-    let places: Vec<(bool, u64, u64)> =
-        collective.all_gather(&place)?.iter().map(|place| read(place)).collect();
+    place.extend_from_slice(model.as_bytes());
+    let told = collective.all_gather(&place)?;
+    let places: Vec<(bool, u64, u64)> = told.iter().map(|place| read(place)).collect();
     let furthest = *places.iter().max().ok_or(AgreeError::Nobody)?;
     if !furthest.0 {
         return Err(AgreeError::Nobody);
     }
     let source = places.iter().position(|&place| place == furthest).unwrap_or(0) as u32;
+    let theirs = told.get(source as usize).and_then(|place| place.get(PLACE_BYTES..)).unwrap_or_default();
+    if theirs != model.as_bytes() {
+        let theirs = String::from_utf8_lossy(theirs).into_owned();
+        return Err(AgreeError::OtherModel { own: model.to_owned(), theirs });
+    }
     let restored = places.iter().filter(|&&place| place != furthest).count() as u32;
     let received = places.get(collective.rank().0 as usize) != Some(&furthest);
     let agreement = Agreement { source: Rank(source), restored };
@@ -182,4 +201,46 @@ fn unpack(net: &mut Dcgan, bytes: &[u8]) -> Result<(Progressed, Vec<StepReport>)
         skipped_in_a_row: head.skipped_in_a_row,
     };
     Ok((progressed, head.reports.into_iter().map(report).collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use takuma_core::config::{Recipe, RunConfig};
+    use takuma_core::ids::Generation;
+    use tch::Kind;
+
+    use super::*;
+    use crate::collective::{Ring, RingConfig, RingListener};
+    use crate::recipe::DcganState;
+    use crate::trainer::Exchange;
+
+    #[test]
+    fn member_of_another_model_than_the_state_s_is_refused_and_the_others_are_not() {
+        let listeners = [0, 1, 2].map(|_| RingListener::bind("127.0.0.1:0").unwrap());
+        let members: Vec<String> =
+            listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
+        let join = |rank: u32, model: &str| {
+            let config = RingConfig::new("test", Rank(rank), Generation(1), members.clone());
+            let ring = Ring::connect(&listeners[rank as usize], config).unwrap();
+            let collective: Arc<dyn Collective> = Arc::new(ring);
+            let config = RunConfig::new(Recipe::DcganTiny, "file:///none");
+            let state = DcganState::new(config.recipe, config.seed, Kind::Float);
+            let mut net = Dcgan::new(&config, state, &Exchange::new());
+            let mut own = Some(Progressed { step: 3, ..Progressed::default() });
+            let agreed = agree(&collective, &mut net, &mut own, model, Vec::new, drop);
+            // Nobody closes the ring while others are at it.
+            drop(collective.barrier());
+            agreed
+        };
+        std::thread::scope(|scope| {
+            let source = scope.spawn(|| join(0, "NVIDIA H100"));
+            let other = scope.spawn(|| join(1, "a processor"));
+            assert_eq!(join(2, "NVIDIA H100").unwrap().source, Rank(0));
+            assert_eq!(source.join().unwrap().unwrap().restored, 0);
+            let error = other.join().unwrap().unwrap_err();
+            assert!(matches!(error, AgreeError::OtherModel { .. }), "{error}");
+            let message = error.to_string();
+            assert!(message.contains("on a processor where its group does on NVIDIA H100"), "{message}");
+        });
+    }
 }

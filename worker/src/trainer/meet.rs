@@ -12,7 +12,7 @@ const COLLECTIVE_VARIABLE: &str = "TAKUMA_COLLECTIVE";
 
 /// What this worker brings to every group.
 pub(super) struct Meeting {
-    /// Its GPU's identity, and NCCL; none on a processor, or where NCCL cannot be had.
+    /// Its GPU's identity, and NCCL; none on a processor, where NCCL cannot be had, and in exact mode.
     nccl: Option<(Vec<u8>, NcclConfig)>,
     /// Groups in a row that could not be formed with NCCL.
     failures: u32,
@@ -22,9 +22,10 @@ pub(super) struct Meeting {
 const MAX_FAILURES: u32 = 2;
 
 impl Meeting {
-    /// For a worker that computes on `device`.
-    pub(super) fn new(device: Device) -> Self {
-        Self { nccl: nccl_of(device), failures: 0 }
+    /// For a worker that computes on `device`. In exact mode groups stay rings: gradients are summed lane after lane,
+    /// which NCCL does not do.
+    pub(super) fn new(device: Device, is_exact: bool) -> Self {
+        Self { nccl: (!is_exact).then(|| nccl_of(device)).flatten(), failures: 0 }
     }
 
     /// The collective of the group whose ring this is. All members call it first of all.
@@ -106,7 +107,7 @@ mod tests {
         let join = |rank: u32| {
             let config = RingConfig::new("test", Rank(rank), Generation(1), members.clone());
             let ring = Ring::connect(&listeners[rank as usize], config).unwrap();
-            let collective = Meeting::new(Device::Cpu).join(ring).unwrap();
+            let collective = Meeting::new(Device::Cpu, false).join(ring).unwrap();
             assert!(collective.on_device().is_none());
             let mut sum = [f64::from(rank) + 1.0];
             collective.all_reduce_f64(&mut sum).unwrap();

@@ -89,12 +89,6 @@ pub enum JobError {
     /// The GPU cannot be used here.
     #[error(transparent)]
     Cuda(#[from] CudaError),
-    /// What this worker computes on cannot keep exact mode's promise.
-    #[error(
-        "exact mode is for processors: on a GPU libtorch computes the backward passes of all lanes in one thread, \
-         and each of them waits for the others; start this worker with --device cpu, or run without --exact"
-    )]
-    ExactOnGpu,
     /// As [`JobError::Torch`], in an operation of tch's.
     #[error("libtorch failed: {0}")]
     Tch(#[from] tch::TchError),

@@ -28,7 +28,7 @@ use crate::checkpoint::{Loaded, Snapshot, Uploader, restore_into};
 use crate::collective::{Collective, CollectiveError, Loopback, Ring, RingListener};
 use crate::device;
 use crate::model::Arithmetic;
-use crate::recipe::{Batch, Dcgan, DcganState, Phase, PhaseError, PhaseSums};
+use crate::recipe::{Batch, Dcgan, DcganState, LaneForm, Phase, PhaseError, PhaseSums};
 
 /// Silence of a neighbour's data is borne for so many times the usual step, within these limits: a
 /// neighbour that is behind computes, one that is stuck does not come back.
@@ -41,6 +41,8 @@ const MAX_SKIPPED_PHASES_IN_A_ROW: u32 = 10 * Phase::ALL.len() as u32;
 
 /// Set by tests: a CPU takes whole steps at once like a GPU does.
 const WHOLE_STEPS_VARIABLE: &str = "TAKUMA_WHOLE_STEPS";
+/// Set by tests: in exact mode a CPU computes all lanes in one graph like a GPU does.
+const LANES_TOGETHER_VARIABLE: &str = "TAKUMA_LANES_TOGETHER";
 
 /// What a trainer is made of.
 pub struct Parts {
@@ -78,6 +80,8 @@ pub struct Trainer {
     pub(super) net: Dcgan,
     pub(super) exchange: Arc<Exchange>,
     meeting: Meeting,
+    /// Of the device, in exact mode; else empty.
+    model: String,
     /// Whole steps are handed to the device where that is possible; see [`Trainer::train_ahead`].
     pub(super) runs_ahead: bool,
     /// When the numbers of the newest such step came.
@@ -113,14 +117,16 @@ impl Trainer {
     /// # Errors
     /// libtorch's, or a checkpoint that does not fit.
     pub fn new(mut parts: Parts) -> Result<Self, JobError> {
-        if parts.config.exact && parts.device.is_cuda() {
-            return Err(JobError::ExactOnGpu);
-        }
         device::enter(parts.device, &parts.config)?;
         let exchange = Exchange::new();
         let arithmetic = Arithmetic::of(parts.config.precision, parts.device);
         let state = DcganState::new(parts.config.recipe, parts.config.seed, arithmetic);
-        let mut net = Dcgan::new(&parts.config, state, &exchange);
+        let is_together = std::env::var_os(LANES_TOGETHER_VARIABLE).is_some();
+        let form = if is_together { LaneForm::Together } else { LaneForm::of(parts.device) };
+        if parts.config.exact && form == LaneForm::Together {
+            tracing::info!("exact mode: all lanes in one graph");
+        }
+        let mut net = Dcgan::with_lanes(&parts.config, state, &exchange, form);
         let mut progressed = (!parts.joins).then(Progressed::default);
         if let Some(loaded) = parts.checkpoint.take() {
             restore_into(&mut net, &loaded.parts)?;
@@ -134,7 +140,8 @@ impl Trainer {
         Ok(Self {
             runs_ahead,
             settled_at: None,
-            meeting: Meeting::new(parts.device),
+            meeting: Meeting::new(parts.device, parts.config.exact),
+            model: if parts.config.exact { device::model(parts.device)? } else { String::new() },
             parts,
             net,
             exchange,
@@ -239,6 +246,7 @@ impl Trainer {
             &collective,
             &mut self.net,
             &mut self.progressed,
+            &self.model,
             || spool.unkept_reports(),
             |reports| reports.into_iter().for_each(|report| spool.report(report)),
         )

@@ -11,7 +11,7 @@ use takuma_store::Store;
 use takuma_worker::checkpoint::Snapshot;
 use takuma_worker::collective::{Ring, RingConfig, RingListener};
 use takuma_worker::model::Arithmetic;
-use takuma_worker::recipe::{Batch, Dcgan, DcganState, Phase, PhaseSums};
+use takuma_worker::recipe::{Batch, Dcgan, DcganState, LaneForm, Phase, PhaseSums};
 use takuma_worker::trainer::{Exchange, Feed};
 use tch::Device;
 use tokio::runtime::Runtime;
@@ -54,13 +54,31 @@ pub fn net(config: &RunConfig, exchange: &Arc<Exchange>) -> Dcgan {
 
 /// Freshly drawn networks on `device`, in the run's precision.
 pub fn net_on(config: &RunConfig, exchange: &Arc<Exchange>, device: Device) -> Dcgan {
+    net_in(config, exchange, device, LaneForm::of(device))
+}
+
+/// The same, with its lanes in a form that may not be the device's own.
+pub fn net_in(config: &RunConfig, exchange: &Arc<Exchange>, device: Device, form: LaneForm) -> Dcgan {
     let arithmetic = Arithmetic::of(config.precision, device);
-    Dcgan::new(config, DcganState::new(config.recipe, config.seed, arithmetic), exchange)
+    Dcgan::with_lanes(config, DcganState::new(config.recipe, config.seed, arithmetic), exchange, form)
 }
 
 /// One step.
 pub fn iterate(net: &mut Dcgan, batch: &Batch) -> [PhaseSums; 3] {
     Phase::ALL.map(|phase| net.phase(batch, phase, &mut []).unwrap())
+}
+
+/// What the lanes of `slots` come to, all in one graph, in three steps on `device`: losses and state.
+pub fn trained_together(
+    config: &RunConfig,
+    exchange: &Arc<Exchange>,
+    slots: SlotRange,
+    device: Device,
+) -> Vec<u8> {
+    let mut net = net_in(config, exchange, device, LaneForm::Together);
+    let mut feed = feed(&faces(), slots).on(device);
+    let sums: Vec<_> = (0..3).map(|step| iterate(&mut net, &feed.batch(step).unwrap())).collect();
+    [format!("{sums:?}").into_bytes(), bytes(&net).concat()].concat()
 }
 
 /// Everything that a run goes on from.

@@ -6,7 +6,10 @@
     reason = "what fails in a helper fails the test; it prints a table"
 )]
 
+mod exact;
 mod kernels;
+#[path = "../common/processes.rs"]
+mod processes;
 mod speed;
 #[path = "../common/training.rs"]
 mod support;

@@ -11,45 +11,50 @@ use takuma_worker::checkpoint::restore_into;
 use takuma_worker::collective::{
     AbortHandle, Collective, CollectiveError, PendingReduce, Ring, RingConfig, RingListener,
 };
-use takuma_worker::recipe::{Batch, Dcgan, Phase, PhaseError, PhaseSums};
+use takuma_worker::recipe::{Batch, Dcgan, LaneForm, Phase, PhaseError, PhaseSums};
 use takuma_worker::trainer::Exchange;
+use tch::Device;
 
 use crate::support::{self, bytes, faces, feed, iterate};
 
 /// Steps of each run, and its phases.
 const STEPS: u64 = 3;
-const PHASES: usize = 3 * STEPS as usize;
+pub const PHASES: usize = 3 * STEPS as usize;
 
-fn config() -> RunConfig {
+pub fn config() -> RunConfig {
     let mut config = support::config();
     config.exact = true;
     config
 }
 
 /// The whole batches of the run.
-fn batches() -> Vec<Batch> {
+pub fn batches() -> Vec<Batch> {
     let mut feed = feed(&faces(), SlotRange { first: 0, count: config().global_batch });
     (0..STEPS).map(|step| feed.batch(step).unwrap()).collect()
 }
 
 /// A worker with `threads` compute threads, which has applied so many phases.
-struct Member {
-    net: Dcgan,
-    exchange: Arc<Exchange>,
+pub struct Member {
+    pub net: Dcgan,
+    pub exchange: Arc<Exchange>,
     threads: i32,
-    applied: usize,
-    sums: Vec<PhaseSums>,
+    pub applied: usize,
+    pub sums: Vec<PhaseSums>,
 }
 
 impl Member {
     fn new(threads: i32) -> Self {
+        Self::in_form(threads, LaneForm::Apart)
+    }
+
+    pub fn in_form(threads: i32, form: LaneForm) -> Self {
         let exchange = Exchange::new();
-        let net = support::net(&config(), &exchange);
+        let net = support::net_in(&config(), &exchange, Device::Cpu, form);
         Self { net, exchange, threads, applied: 0, sums: Vec::new() }
     }
 
     /// Runs on from where it is until `until` phases are applied.
-    fn run(&mut self, share: &[Batch], until: usize, kill: Option<&Kill>) -> Result<(), PhaseError> {
+    pub fn run(&mut self, share: &[Batch], until: usize, kill: Option<&Kill>) -> Result<(), PhaseError> {
         tch::set_num_threads(self.threads);
         self.net.regroup();
         while self.applied < until {
@@ -65,20 +70,20 @@ impl Member {
 }
 
 /// When a worker dies: at the `operations`-th exchange of the run's phase number `phase`.
-struct Kill {
-    rank: usize,
+pub struct Kill {
+    pub rank: usize,
     phase: usize,
     operations: AtomicI64,
     is_armed: AtomicBool,
 }
 
 impl Kill {
-    fn new(rank: usize, phase: usize, operation: i64) -> Arc<Self> {
+    pub fn new(rank: usize, phase: usize, operation: i64) -> Arc<Self> {
         let (operations, is_armed) = (AtomicI64::new(operation), AtomicBool::new(false));
         Arc::new(Self { rank, phase, operations, is_armed })
     }
 
-    fn has_struck(&self) -> bool {
+    pub fn has_struck(&self) -> bool {
         self.operations.load(Ordering::Relaxed) < 0
     }
 }
@@ -162,7 +167,13 @@ impl Collective for Mortal {
 
 /// Lets `members` run as one group until `until` phases are applied or `kill` strikes. Whoever has the
 /// furthest state gives it to the others first, as the product does.
-fn run(members: &mut [Member], batches: &[Batch], generation: u64, until: usize, kill: Option<&Arc<Kill>>) {
+pub fn run(
+    members: &mut [Member],
+    batches: &[Batch],
+    generation: u64,
+    until: usize,
+    kill: Option<&Arc<Kill>>,
+) {
     let furthest = members.iter().max_by_key(|member| member.applied).unwrap();
     let (applied, sums) = (furthest.applied, furthest.sums.clone());
     let state = bytes(&furthest.net);
@@ -214,7 +225,7 @@ fn part(batch: &Batch, share: SlotRange) -> Batch {
 }
 
 /// What one worker makes of the run.
-fn alone(batches: &[Batch]) -> (Vec<PhaseSums>, [Vec<u8>; 3]) {
+pub fn alone(batches: &[Batch]) -> (Vec<PhaseSums>, [Vec<u8>; 3]) {
     let mut one = [Member::new(1)];
     run(&mut one, batches, 1, PHASES, None);
     (one[0].sums.clone(), bytes(&one[0].net))

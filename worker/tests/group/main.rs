@@ -3,8 +3,11 @@
 
 mod ahead;
 mod exact;
+#[path = "../common/processes.rs"]
+mod processes;
 #[path = "../common/training.rs"]
 mod support;
+mod together;
 
 use support::{bytes, config, faces, feed, group, iterate, share};
 use takuma_core::ids::Generation;

@@ -190,19 +190,23 @@ void emulate(const Launch &launch) {
 extern "C" {
 
 struct EmulatedNorm {
-  int64_t type, rows, channels, groups;
+  int64_t type, rows, channels, groups, lanes;
   double count, eps, slope;
-  const void *x, *weight, *bias, *dy;
+  const void *weight, *bias;
   double sum_factor;  // stands for the other workers; 0: no exchange
-  void *y, *stats, *dx, *dweight, *dbias;
+  void *stats;
+  // By lane.
+  const void *const *x, *const *dy;
+  void *const *y, *const *dx, *const *dweight, *const *dbias;
 };
 
 // Forward, then backward.
 void emulated_norm(const EmulatedNorm *given) {
   const EmulatedNorm &g = *given;
   const bool exchanged = g.sum_factor != 0;
+  const auto lanes = static_cast<size_t>(g.lanes);
   const size_t len = static_cast<size_t>(g.groups * 2 * g.channels);
-  std::vector<double> sums(len), maps(len), coefficients(len);
+  std::vector<double> rows(lanes * len), sums(len), maps(len), coefficients(len);
   NormForward forward = {};
   forward.type = static_cast<int>(g.type);
   forward.rows = g.rows;
@@ -211,33 +215,47 @@ void emulated_norm(const EmulatedNorm *given) {
   forward.count = g.count;
   forward.eps = g.eps;
   forward.slope = g.slope;
-  forward.x = g.x;
   forward.weight = g.weight;
   forward.stats = static_cast<double *>(g.stats);
   forward.maps = maps.data();
-  forward.sums = sums.data();
   forward.bias = g.bias;
-  forward.y = g.y;
   // A number that a sum would show is behind the end.
   const int64_t partial_len = norm_partial_len(forward);
   std::vector<double> partial(partial_len + 1, 1e300);
   forward.partial = partial.data();
-  auto exchange = [&] {
-    for (double &sum : sums) sum *= exchanged ? g.sum_factor : 1;
+  // Lane after lane, to where the first lane finds it.
+  auto exchange = [&](auto &all) {
+    if (!exchanged) return;
+    for (size_t i = 0; i < len; ++i) {
+      sums[i] = rows[i];
+      for (size_t lane = 1; lane < lanes; ++lane) sums[i] += rows[lane * len + i];
+      sums[i] *= g.sum_factor;
+    }
+    all[0].sums = sums.data();
   };
-  norm_forward_begin(emulate, forward, exchanged);
-  exchange();
-  norm_forward_end(emulate, forward, exchanged);
-  NormBackward backward = {};
-  static_cast<NormMemory &>(backward) = forward;
-  backward.dy = g.dy;
-  backward.dx = g.dx;
-  backward.dweight = g.dweight;
-  backward.dbias = g.dbias;
-  backward.coefficients = coefficients.data();
-  norm_backward_begin(emulate, backward, exchanged);
-  exchange();
-  norm_backward_end(emulate, backward, exchanged);
+  std::vector<NormForward> forwards(lanes, forward);
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    forwards[lane].sums = rows.data() + lane * len;
+    forwards[lane].x = g.x[lane];
+    forwards[lane].y = g.y[lane];
+  }
+  norm_forward_begin(emulate, forwards.data(), lanes, exchanged);
+  exchange(forwards);
+  norm_forward_end(emulate, forwards.data(), lanes, exchanged);
+  std::vector<NormBackward> backwards(lanes);
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    NormBackward &backward = backwards[lane];
+    static_cast<NormMemory &>(backward) = forwards[lane];
+    backward.sums = rows.data() + lane * len;
+    backward.dy = g.dy[lane];
+    backward.dx = g.dx[lane];
+    backward.dweight = g.dweight[lane];
+    backward.dbias = g.dbias[lane];
+    backward.coefficients = coefficients.data();
+  }
+  norm_backward_begin(emulate, backwards.data(), lanes, exchanged);
+  exchange(backwards);
+  norm_backward_end(emulate, backwards.data(), lanes, exchanged);
   if (partial[partial_len] != 1e300) abort();
 }
 

@@ -7,17 +7,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use emulation::{EmulatedLayer, EmulatedNorm, EmulatedValues, Fenced, emulation, number, values};
-use takuma_worker::torch::{self, BatchNormOptions, Guard, RunningStatistics, SumReducer};
+use takuma_worker::torch::{self, BatchNormOptions, Guard, NormLane, RunningStatistics, SumReducer};
 use tch::{Device, Kind, Tensor};
 
 mod emulation;
 
-/// Another worker with the same batch.
-struct Twice;
+/// So many workers with the same batch.
+struct Times(i64);
 
-impl SumReducer for Twice {
+impl SumReducer for Times {
     fn sum(&self, values: &mut [f64]) -> bool {
-        values.iter_mut().for_each(|value| *value *= 2.0);
+        values.iter_mut().for_each(|value| *value *= self.0 as f64);
         true
     }
 }
@@ -25,12 +25,15 @@ impl SumReducer for Twice {
 #[derive(Debug, Clone, Copy)]
 struct Case {
     kind: Kind,
+    /// Tensors of `images` each; several are always exchanged.
+    lanes: i64,
     images: i64,
     side: i64,
     channels: i64,
     groups: i64,
     slope: f64,
-    exchanged: bool,
+    /// Workers that have this batch; one exchanges nothing.
+    workers: i64,
     /// Elements by which the tensors are off their alignment.
     offset: i64,
 }
@@ -42,7 +45,7 @@ fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
     ((ours - &theirs).abs() / theirs.abs().clamp_min(1.0)).max().double_value(&[])
 }
 
-/// What batch normalisation made, channels last.
+/// What batch normalisation made, channels last, lane after lane.
 struct Results {
     y: Tensor,
     stats: Tensor,
@@ -57,8 +60,8 @@ impl Case {
         if self.kind == Kind::Double { Kind::Double } else { Kind::Float }
     }
 
-    fn workers(&self) -> i64 {
-        if self.exchanged { 2 } else { 1 }
+    fn is_exchanged(&self) -> bool {
+        self.workers > 1
     }
 
     fn shape_nhwc(&self) -> [i64; 4] {
@@ -70,69 +73,93 @@ impl Case {
         [of(3) * 0.2 + 1.0, of(4) * 0.3]
     }
 
-    /// By the emulated kernels.
-    fn emulate(&self, x: &Fenced, dy: &Fenced) -> Results {
+    /// By the emulated kernels. `x` and `dy` are by lane.
+    fn emulate(&self, x: &[Fenced], dy: &[Fenced]) -> Results {
         let [weight, bias] = self.weight_and_bias();
-        let new = |shape: &[i64], kind| Fenced::new(shape, 0, kind);
-        let image = || Fenced::new(&self.shape_nhwc(), self.offset, self.kind);
-        let (y, dx) = (image(), image());
-        let stats = new(&[self.groups, 2, self.channels], Kind::Double);
-        let (dweight, dbias) = (new(&[self.channels], self.wide()), new(&[self.channels], self.wide()));
+        let by_lane = |shape: &[i64], offset, kind| -> Vec<Fenced> {
+            (0..self.lanes).map(|_| Fenced::new(shape, offset, kind)).collect()
+        };
+        let image = || by_lane(&self.shape_nhwc(), self.offset, self.kind);
+        let parameter = || by_lane(&[self.channels], 0, self.wide());
+        let made = [image(), image(), parameter(), parameter()];
+        let stats = Fenced::new(&[self.groups, 2, self.channels], 0, Kind::Double);
         let rows = self.images * self.side * self.side / self.groups;
+        let pointers = |lanes: &[Fenced]| lanes.iter().map(Fenced::pointer).collect::<Vec<_>>();
+        let [y, dx, dweight, dbias] = made.each_ref().map(|lanes| pointers(lanes));
+        let (x, dy) = (pointers(x), pointers(dy));
         let norm = EmulatedNorm {
             kind: number(self.kind),
             rows,
             channels: self.channels,
             groups: self.groups,
-            count: (rows * self.workers()) as f64,
+            lanes: self.lanes,
+            count: (rows * self.lanes * self.workers) as f64,
             eps: 1e-5,
             slope: self.slope,
-            x: x.pointer(),
             weight: weight.data_ptr(),
             bias: bias.data_ptr(),
-            dy: dy.pointer(),
-            sum_factor: if self.exchanged { 2.0 } else { 0.0 },
-            y: y.pointer(),
+            sum_factor: if self.is_exchanged() { self.workers as f64 } else { 0.0 },
             stats: stats.pointer(),
-            dx: dx.pointer(),
-            dweight: dweight.pointer(),
-            dbias: dbias.pointer(),
+            x: x.as_ptr(),
+            dy: dy.as_ptr(),
+            y: y.as_ptr(),
+            dx: dx.as_ptr(),
+            dweight: dweight.as_ptr(),
+            dbias: dbias.as_ptr(),
         };
         // SAFETY: dense memory of the sizes that the numbers say, alive until the end of this function.
         unsafe { (emulation().norm)(&norm) };
-        let [y, stats, dx, dweight, dbias] = [y, stats, dx, dweight, dbias].map(|fenced| {
-            fenced.check(&format!("{self:?}"));
-            fenced.tensor()
+        let [y, dx, dweight, dbias] = made.map(|lanes| {
+            lanes.iter().for_each(|lane| lane.check(&format!("{self:?}")));
+            Tensor::cat(&lanes.iter().map(Fenced::tensor).collect::<Vec<_>>(), 0)
         });
-        Results { y, stats, dx, dweight, dbias }
+        stats.check(&format!("{self:?}"));
+        Results { y, stats: stats.tensor(), dx, dweight, dbias }
     }
 
     /// By the processor's functions.
-    fn compute(&self, x: &Tensor, dy: &Tensor) -> Results {
+    fn compute(&self, x: &[Tensor], dy: &[Tensor]) -> Results {
         let options = BatchNormOptions {
             groups: self.groups,
-            images_per_group: self.images / self.groups * self.workers(),
+            images_per_group: self.images / self.groups * self.lanes * self.workers,
             eps: 1e-5,
             slope: self.slope,
-            reducer: self.exchanged.then(|| Arc::new(Twice) as Arc<dyn SumReducer>),
+            reducer: self.is_exchanged().then(|| Arc::new(Times(self.workers)) as Arc<dyn SumReducer>),
         };
         let [weight, bias] = self.weight_and_bias();
-        let leaves =
-            [x.permute([0, 3, 1, 2]), weight, bias].map(|leaf| leaf.detach().set_requires_grad(true));
-        let (y, stats) = torch::batch_norm(&leaves[0], &leaves[1], &leaves[2], &options).unwrap();
-        let loss = (&y * dy.permute([0, 3, 1, 2])).to_kind(Kind::Double).sum(Kind::Double);
-        torch::backward(&loss, &leaves.each_ref()).unwrap();
-        let [dx, dweight, dbias] = leaves.map(|leaf| leaf.grad());
-        Results { y: nchw_to_nhwc(&y.detach()), stats, dx: nchw_to_nhwc(&dx), dweight, dbias }
+        let leaf = |tensor: &Tensor| tensor.detach().set_requires_grad(true);
+        let leaves: Vec<[Tensor; 3]> =
+            x.iter().map(|x| [leaf(&x.permute([0, 3, 1, 2])), leaf(&weight), leaf(&bias)]).collect();
+        let lanes: Vec<NormLane<'_>> =
+            leaves.iter().map(|[x, weight, bias]| NormLane { x, weight, bias }).collect();
+        let (y, stats) = torch::batch_norm_lanes(&lanes, &options).unwrap();
+        let losses: Vec<Tensor> = y
+            .iter()
+            .zip(dy)
+            .map(|(y, dy)| (y * dy.permute([0, 3, 1, 2])).to_kind(Kind::Double).sum(Kind::Double))
+            .collect();
+        let inputs: Vec<&Tensor> = leaves.iter().flatten().collect();
+        torch::backward(&Tensor::stack(&losses, 0).sum(Kind::Double), &inputs).unwrap();
+        let joined = |tensors: Vec<Tensor>| Tensor::cat(&tensors, 0);
+        let gradient = |place: usize| leaves.iter().map(|leaves| leaves[place].grad()).collect();
+        Results {
+            y: nchw_to_nhwc(&joined(y.iter().map(Tensor::detach).collect())),
+            stats,
+            dx: nchw_to_nhwc(&joined(gradient(0))),
+            dweight: joined(gradient(1)),
+            dbias: joined(gradient(2)),
+        }
     }
 }
 
 /// Batch normalisation and its gradients both ways.
 fn compare_norm(case: Case) {
     let image = |seed| Fenced::of(&(values(&case.shape_nhwc(), seed, case.kind) * 1.5 + 0.25), case.offset);
-    let (x, dy) = (image(1), image(2));
+    let images = |seed| -> Vec<Fenced> { (0..case.lanes).map(|lane| image(seed + 10 * lane)).collect() };
+    let tensors = |lanes: &[Fenced]| -> Vec<Tensor> { lanes.iter().map(Fenced::tensor).collect() };
+    let (x, dy) = (images(1), images(2));
     let ours = case.emulate(&x, &dy);
-    let theirs = case.compute(&x.tensor(), &dy.tensor());
+    let theirs = case.compute(&tensors(&x), &tensors(&dy));
     // One rounding of the result apart, and of the sums: their number of terms is in it.
     let (element, sum) = match case.kind {
         Kind::Double => (1e-12, 1e-11),
@@ -160,26 +187,31 @@ fn nchw_to_nhwc(tensor: &Tensor) -> Tensor {
 fn batch_norm_kernels_agree_with_the_processor() {
     let base = Case {
         kind: Kind::Float,
+        lanes: 1,
         images: 4,
         side: 4,
         channels: 8,
         groups: 1,
         slope: 0.2,
-        exchanged: false,
+        workers: 1,
         offset: 0,
     };
     for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
         for channels in [1, 3, 8, 12, 16, 24, 64, 96, 264, 512] {
             for (images, side, groups) in [(4, 4, 1), (6, 5, 2), (16, 1, 2), (34, 3, 2)] {
-                let exchanged = side == 5;
-                compare_norm(Case { kind, channels, images, side, groups, exchanged, ..base });
+                let workers = if side == 5 { 2 } else { 1 };
+                compare_norm(Case { kind, channels, images, side, groups, workers, ..base });
             }
         }
         // Many blocks; off its alignment; other activations.
         compare_norm(Case { kind, images: 16, side: 32, groups: 2, ..base });
         compare_norm(Case { kind, images: 2, side: 16, channels: 64, offset: 1, ..base });
-        compare_norm(Case { kind, images: 4, side: 16, channels: 16, slope: 0.0, exchanged: true, ..base });
+        compare_norm(Case { kind, images: 4, side: 16, channels: 16, slope: 0.0, workers: 2, ..base });
         compare_norm(Case { kind, images: 4, side: 8, channels: 24, slope: 1.0, groups: 2, ..base });
+        for (lanes, groups) in [(2, 2), (3, 1), (8, 2)] {
+            compare_norm(Case { kind, lanes, groups, workers: 2, ..base });
+            compare_norm(Case { kind, lanes, groups, workers: 2, side: 16, channels: 64, ..base });
+        }
     }
     // SAFETY: a string of the library's that lives until the next call.
     let used = unsafe {
@@ -190,6 +222,32 @@ fn batch_norm_kernels_agree_with_the_processor() {
         for instance in ["f32_1", "f32_4", "f64_1", "f64_2", "bf16_1", "bf16_8"] {
             let name = format!("takuma_{kernel}_{instance}");
             assert!(used.lines().any(|line| line == name), "{name} was not tried");
+        }
+    }
+}
+
+#[test]
+fn number_of_lanes_changes_no_bit_of_a_lane() {
+    for (images, side, channels) in [(8, 32, 64), (8, 4, 512), (3, 5, 12)] {
+        let kind = Kind::Float;
+        let of = |lanes, workers| {
+            let case =
+                Case { kind, lanes, images, side, channels, groups: 1, slope: 0.2, workers, offset: 0 };
+            let same = |seed| -> Vec<Fenced> {
+                (0..lanes).map(|_| Fenced::of(&values(&case.shape_nhwc(), seed, kind), 0)).collect()
+            };
+            case.emulate(&same(1), &same(2))
+        };
+        // Twice a number, twice, is four times that number, to the bit.
+        let (one, two) = (of(1, 4), of(2, 2));
+        assert!(one.stats.equal(&two.stats));
+        for lane in 0..2 {
+            for (one, two) in [(&one.y, &two.y), (&one.dx, &two.dx)] {
+                assert!(one.equal(&two.narrow(0, lane * images, images)), "lane {lane} of {images} images");
+            }
+            for (one, two) in [(&one.dweight, &two.dweight), (&one.dbias, &two.dbias)] {
+                assert!(one.equal(&two.narrow(0, lane * channels, channels)), "lane {lane}'s parameters");
+            }
         }
     }
 }

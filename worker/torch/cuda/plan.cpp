@@ -118,35 +118,47 @@ int64_t norm_partial_len(const NormMemory &norm) {
   return static_cast<int64_t>(blocks) * norm.groups * 2 * norm.channels;
 }
 
-void norm_forward_begin(Launcher launcher, const NormForward &norm, bool exchanged) {
-  const int pack = pack_of(norm.type, norm.channels, {norm.x});
-  const Geometry shape = sums_geometry(norm, pack);
-  launch_rows(launcher, kMoments, norm.type, pack, shape, norm.x, shape.plan, norm.partial);
-  finish_forward(launcher, norm, shape.plan.row_blocks, exchanged ? kCombine : kCombine | kFinish);
+void norm_forward_begin(Launcher launcher, const NormForward *lanes, size_t count, bool exchanged) {
+  for (size_t i = 0; i < count; ++i) {
+    const NormForward &norm = lanes[i];
+    const int pack = pack_of(norm.type, norm.channels, {norm.x});
+    const Geometry shape = sums_geometry(norm, pack);
+    launch_rows(launcher, kMoments, norm.type, pack, shape, norm.x, shape.plan, norm.partial);
+    finish_forward(launcher, norm, shape.plan.row_blocks, exchanged ? kCombine : kCombine | kFinish);
+  }
 }
 
-void norm_forward_end(Launcher launcher, const NormForward &norm, bool exchanged) {
-  if (exchanged) finish_forward(launcher, norm, 0, kFinish);
-  const int pack = pack_of(norm.type, norm.channels, {norm.x, norm.y});
-  const Geometry shape = geometry(norm, pack, kMapBlocks, kMapRows);
-  launch_rows(launcher, kNormalize, norm.type, pack, shape, norm.x, norm.y, shape.plan, norm.maps,
-              norm.slope);
+void norm_forward_end(Launcher launcher, const NormForward *lanes, size_t count, bool exchanged) {
+  if (exchanged) finish_forward(launcher, lanes[0], 0, kFinish);
+  for (size_t i = 0; i < count; ++i) {
+    const NormForward &norm = lanes[i];
+    const int pack = pack_of(norm.type, norm.channels, {norm.x, norm.y});
+    const Geometry shape = geometry(norm, pack, kMapBlocks, kMapRows);
+    launch_rows(launcher, kNormalize, norm.type, pack, shape, norm.x, norm.y, shape.plan, norm.maps,
+                norm.slope);
+  }
 }
 
-void norm_backward_begin(Launcher launcher, const NormBackward &norm, bool exchanged) {
-  const int pack = pack_of(norm.type, norm.channels, {norm.x, norm.dy});
-  const Geometry shape = sums_geometry(norm, pack);
-  launch_rows(launcher, kGradientSums, norm.type, pack, shape, norm.x, norm.dy, shape.plan, norm.maps,
-              norm.slope, norm.partial);
-  finish_backward(launcher, norm, shape.plan.row_blocks, exchanged ? kCombine : kCombine | kFinish);
+void norm_backward_begin(Launcher launcher, const NormBackward *lanes, size_t count, bool exchanged) {
+  for (size_t i = 0; i < count; ++i) {
+    const NormBackward &norm = lanes[i];
+    const int pack = pack_of(norm.type, norm.channels, {norm.x, norm.dy});
+    const Geometry shape = sums_geometry(norm, pack);
+    launch_rows(launcher, kGradientSums, norm.type, pack, shape, norm.x, norm.dy, shape.plan, norm.maps,
+                norm.slope, norm.partial);
+    finish_backward(launcher, norm, shape.plan.row_blocks, exchanged ? kCombine : kCombine | kFinish);
+  }
 }
 
-void norm_backward_end(Launcher launcher, const NormBackward &norm, bool exchanged) {
-  if (exchanged) finish_backward(launcher, norm, 0, kFinish);
-  const int pack = pack_of(norm.type, norm.channels, {norm.x, norm.dy, norm.dx});
-  const Geometry shape = geometry(norm, pack, kMapBlocks, kMapRows);
-  launch_rows(launcher, kGradient, norm.type, pack, shape, norm.x, norm.dy, norm.dx, shape.plan,
-              norm.maps, norm.coefficients, norm.slope);
+void norm_backward_end(Launcher launcher, const NormBackward *lanes, size_t count, bool exchanged) {
+  if (exchanged) finish_backward(launcher, lanes[0], 0, kFinish);
+  for (size_t i = 0; i < count; ++i) {
+    const NormBackward &norm = lanes[i];
+    const int pack = pack_of(norm.type, norm.channels, {norm.x, norm.dy, norm.dx});
+    const Geometry shape = geometry(norm, pack, kMapBlocks, kMapRows);
+    launch_rows(launcher, kGradient, norm.type, pack, shape, norm.x, norm.dy, norm.dx, shape.plan,
+                norm.maps, norm.coefficients, norm.slope);
+  }
 }
 
 int64_t scan_minima_len(int64_t count) { return divided_up(count, kScanEntries) * kScanBlocks; }

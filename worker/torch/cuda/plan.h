@@ -1,6 +1,7 @@
 // Which kernels run, on how many blocks, with which arguments. No libtorch and no CUDA in here: the tests run the same
 // plans with kernels that were compiled as C++.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "kernel_types.h"
@@ -23,7 +24,7 @@ struct NormMemory {
   const void *x, *weight;
   double *stats;   // [groups, 2, channels]: mean and biased variance
   void *maps;      // [groups, 2, channels]: scale and shift
-  double *sums;    // [groups, 2, channels]: what workers exchange
+  double *sums;    // [groups, 2, channels]: what lanes and workers exchange
   double *partial; // norm_partial_len(..)
 };
 
@@ -41,11 +42,14 @@ struct NormBackward : NormMemory {
 // Doubles that the partial sums take.
 int64_t norm_partial_len(const NormMemory &norm);
 
-// Forward is begin, then an exchange of `sums` over workers if `exchanged`, then end; backward likewise.
-void norm_forward_begin(Launcher launcher, const NormForward &norm, bool exchanged);
-void norm_forward_end(Launcher launcher, const NormForward &norm, bool exchanged);
-void norm_backward_begin(Launcher launcher, const NormBackward &norm, bool exchanged);
-void norm_backward_end(Launcher launcher, const NormBackward &norm, bool exchanged);
+// Forward is begin, then an exchange of `sums` over workers if `exchanged`, then end; backward likewise. Over `count`
+// lanes of one shape, of which each launch sees one: how many there are changes no sum. They share stats, maps,
+// coefficients, partial and the weights; several are always exchanged, each has `sums` of its own at the beginning,
+// and at the end the first lane's are those over all lanes and workers.
+void norm_forward_begin(Launcher launcher, const NormForward *lanes, size_t count, bool exchanged);
+void norm_forward_end(Launcher launcher, const NormForward *lanes, size_t count, bool exchanged);
+void norm_backward_begin(Launcher launcher, const NormBackward *lanes, size_t count, bool exchanged);
+void norm_backward_end(Launcher launcher, const NormBackward *lanes, size_t count, bool exchanged);
 
 // `count` tensors; minima: scan_minima_len(count) ints of scratch.
 struct Values {

@@ -9,7 +9,7 @@
 #include "../shim.h"
 
 // Rises with each change of the table or of a type in it; the size is compared too.
-constexpr uint32_t kCudaTableVersion = 1;
+constexpr uint32_t kCudaTableVersion = 2;
 
 // One layer's running statistics and what is mixed into them.
 struct RunningStatistics {
@@ -17,10 +17,11 @@ struct RunningStatistics {
   double unbiased;  // factor from a biased to an unbiased variance
 };
 
-// Sums double [groups, 2, C] over all workers, in place.
+// Sums double [lanes, groups, 2, C], the rows of this worker's lanes, over all lanes of all workers: double
+// [groups, 2, C], which may be the memory of the only row.
 struct BatchSumReducer {
   virtual ~BatchSumReducer() = default;
-  virtual void sum(at::Tensor &sums) const = 0;
+  virtual at::Tensor sum(const at::Tensor &rows) const = 0;
 };
 
 // The sizes and numbers of one batch normalisation.
@@ -55,15 +56,17 @@ struct CudaTable {
                             const at::Tensor &found);
   void (*gather_images)(const at::Tensor &images, const at::Tensor &rows, at::Tensor &target);
 
-  // x and y channels_last. Fills y, stats (double [groups, 2, C]) and maps (float or double [groups, 2, C]: scale
-  // and shift, which backward wants).
-  void (*batch_norm_forward)(const at::Tensor &x, const at::Tensor &weight, const at::Tensor &bias,
-                             const BatchNormNumbers &numbers, const BatchSumReducer *reducer,
-                             at::Tensor &y, at::Tensor &stats, at::Tensor &maps);
-  void (*batch_norm_backward)(const at::Tensor &x, const at::Tensor &dy, const at::Tensor &weight,
-                              const at::Tensor &stats, const at::Tensor &maps,
-                              const BatchNormNumbers &numbers, const BatchSumReducer *reducer,
-                              at::Tensor &dx, at::Tensor &dweight, at::Tensor &dbias);
+  // By lane x, y, dy, dx, all channels_last, dweight and dbias. Fills y, stats (double [groups, 2, C]) and maps (float
+  // or double [groups, 2, C]: scale and shift, which backward wants).
+  void (*batch_norm_forward)(const std::vector<at::Tensor> &x, const at::Tensor &weight,
+                             const at::Tensor &bias, const BatchNormNumbers &numbers,
+                             const BatchSumReducer *reducer, std::vector<at::Tensor> &y,
+                             at::Tensor &stats, at::Tensor &maps);
+  void (*batch_norm_backward)(const std::vector<at::Tensor> &x, const std::vector<at::Tensor> &dy,
+                              const at::Tensor &weight, const at::Tensor &stats,
+                              const at::Tensor &maps, const BatchNormNumbers &numbers,
+                              const BatchSumReducer *reducer, std::vector<at::Tensor> &dx,
+                              std::vector<at::Tensor> &dweight, std::vector<at::Tensor> &dbias);
 };
 
 // The installed table, or an exception that says that CUDA is not loaded.

@@ -57,6 +57,32 @@ void describe(NormMemory &norm, const Tensor &x, const Tensor &weight, const Ten
   norm.maps = const_cast<void *>(maps.const_data_ptr());
 }
 
+// Scratch of a batch normalisation, given to its lanes: partial sums, of which one lane's are needed at a time, and a row
+// of sums for each lane.
+struct Memory {
+  template <typename Norm>
+  Memory(std::vector<Norm> &lanes, const Tensor &stats)
+      : partial(scratch(stats, at::kDouble, norm_partial_len(lanes[0]))),
+        rows(at::empty({static_cast<int64_t>(lanes.size()), stats.size(0), 2, stats.size(2)},
+                       stats.options())) {
+    for (size_t i = 0; i < lanes.size(); ++i) {
+      lanes[i].partial = partial.mutable_data_ptr<double>();
+      lanes[i].sums = rows.mutable_data_ptr<double>() + i * stats.numel();
+    }
+  }
+
+  Tensor partial, rows;
+};
+
+// Sums over all lanes and workers, where the first lane finds them. To be kept until they are read.
+template <typename Norm>
+Tensor summed(const Memory &memory, std::vector<Norm> &lanes, const BatchSumReducer *reducer) {
+  if (!reducer) return memory.rows;
+  Tensor sums = reducer->sum(memory.rows);
+  lanes[0].sums = sums.mutable_data_ptr<double>();
+  return sums;
+}
+
 }  // namespace
 
 void guard(const std::vector<Tensor> &gradients, const Tensor &loss, const Tensor &frozen, bool sticky,
@@ -92,40 +118,42 @@ void gather_images(const Tensor &images, const Tensor &rows, Tensor &target) {
                   target.mutable_data_ptr(), type_of(target));
 }
 
-void batch_norm_forward(const Tensor &x, const Tensor &weight, const Tensor &bias,
-                        const BatchNormNumbers &numbers, const BatchSumReducer *reducer, Tensor &y,
-                        Tensor &stats, Tensor &maps) {
-  const c10::cuda::CUDAGuard device(x.device());
-  NormForward norm = {};
-  describe(norm, x, weight, stats, maps, numbers);
-  norm.bias = bias.const_data_ptr();
-  norm.y = y.mutable_data_ptr();
-  Tensor partial = scratch(stats, at::kDouble, norm_partial_len(norm)), sums = at::empty_like(stats);
-  norm.partial = partial.mutable_data_ptr<double>();
-  norm.sums = sums.mutable_data_ptr<double>();
-  norm_forward_begin(launch_kernel, norm, reducer != nullptr);
-  if (reducer) reducer->sum(sums);
-  norm_forward_end(launch_kernel, norm, reducer != nullptr);
+void batch_norm_forward(const std::vector<Tensor> &x, const Tensor &weight, const Tensor &bias,
+                        const BatchNormNumbers &numbers, const BatchSumReducer *reducer,
+                        std::vector<Tensor> &y, Tensor &stats, Tensor &maps) {
+  const c10::cuda::CUDAGuard device(stats.device());
+  std::vector<NormForward> lanes(x.size());
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    describe(lanes[i], x[i], weight, stats, maps, numbers);
+    lanes[i].bias = bias.const_data_ptr();
+    lanes[i].y = y[i].mutable_data_ptr();
+  }
+  const Memory memory(lanes, stats);
+  norm_forward_begin(launch_kernel, lanes.data(), lanes.size(), reducer != nullptr);
+  const Tensor sums = summed(memory, lanes, reducer);
+  norm_forward_end(launch_kernel, lanes.data(), lanes.size(), reducer != nullptr);
 }
 
-void batch_norm_backward(const Tensor &x, const Tensor &dy, const Tensor &weight, const Tensor &stats,
-                         const Tensor &maps, const BatchNormNumbers &numbers,
-                         const BatchSumReducer *reducer, Tensor &dx, Tensor &dweight, Tensor &dbias) {
-  const c10::cuda::CUDAGuard device(x.device());
-  NormBackward norm = {};
-  describe(norm, x, weight, stats, maps, numbers);
-  norm.dy = dy.const_data_ptr();
-  norm.dx = dx.mutable_data_ptr();
-  norm.dweight = dweight.mutable_data_ptr();
-  norm.dbias = dbias.mutable_data_ptr();
-  Tensor partial = scratch(stats, at::kDouble, norm_partial_len(norm)), sums = at::empty_like(stats);
+void batch_norm_backward(const std::vector<Tensor> &x, const std::vector<Tensor> &dy,
+                         const Tensor &weight, const Tensor &stats, const Tensor &maps,
+                         const BatchNormNumbers &numbers, const BatchSumReducer *reducer,
+                         std::vector<Tensor> &dx, std::vector<Tensor> &dweight,
+                         std::vector<Tensor> &dbias) {
+  const c10::cuda::CUDAGuard device(stats.device());
   Tensor coefficients = at::empty_like(maps);
-  norm.partial = partial.mutable_data_ptr<double>();
-  norm.sums = sums.mutable_data_ptr<double>();
-  norm.coefficients = coefficients.mutable_data_ptr();
-  norm_backward_begin(launch_kernel, norm, reducer != nullptr);
-  if (reducer) reducer->sum(sums);
-  norm_backward_end(launch_kernel, norm, reducer != nullptr);
+  std::vector<NormBackward> lanes(x.size());
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    describe(lanes[i], x[i], weight, stats, maps, numbers);
+    lanes[i].dy = dy[i].const_data_ptr();
+    lanes[i].dx = dx[i].mutable_data_ptr();
+    lanes[i].dweight = dweight[i].mutable_data_ptr();
+    lanes[i].dbias = dbias[i].mutable_data_ptr();
+    lanes[i].coefficients = coefficients.mutable_data_ptr();
+  }
+  const Memory memory(lanes, stats);
+  norm_backward_begin(launch_kernel, lanes.data(), lanes.size(), reducer != nullptr);
+  const Tensor sums = summed(memory, lanes, reducer);
+  norm_backward_end(launch_kernel, lanes.data(), lanes.size(), reducer != nullptr);
 }
 
 }  // namespace takuma_cuda

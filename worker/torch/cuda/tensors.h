@@ -9,12 +9,14 @@ void guard(const std::vector<at::Tensor> &gradients, const at::Tensor &loss, con
 void commit_statistics(const std::vector<RunningStatistics> &layers, double momentum,
                        const at::Tensor &found);
 void gather_images(const at::Tensor &images, const at::Tensor &rows, at::Tensor &target);
-void batch_norm_forward(const at::Tensor &x, const at::Tensor &weight, const at::Tensor &bias,
-                        const BatchNormNumbers &numbers, const BatchSumReducer *reducer, at::Tensor &y,
-                        at::Tensor &stats, at::Tensor &maps);
-void batch_norm_backward(const at::Tensor &x, const at::Tensor &dy, const at::Tensor &weight,
-                         const at::Tensor &stats, const at::Tensor &maps,
-                         const BatchNormNumbers &numbers, const BatchSumReducer *reducer, at::Tensor &dx,
-                         at::Tensor &dweight, at::Tensor &dbias);
+void batch_norm_forward(const std::vector<at::Tensor> &x, const at::Tensor &weight,
+                        const at::Tensor &bias, const BatchNormNumbers &numbers,
+                        const BatchSumReducer *reducer, std::vector<at::Tensor> &y, at::Tensor &stats,
+                        at::Tensor &maps);
+void batch_norm_backward(const std::vector<at::Tensor> &x, const std::vector<at::Tensor> &dy,
+                         const at::Tensor &weight, const at::Tensor &stats, const at::Tensor &maps,
+                         const BatchNormNumbers &numbers, const BatchSumReducer *reducer,
+                         std::vector<at::Tensor> &dx, std::vector<at::Tensor> &dweight,
+                         std::vector<at::Tensor> &dbias);
 
 }  // namespace takuma_cuda
