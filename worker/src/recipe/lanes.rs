@@ -92,10 +92,12 @@ impl Lanes {
     /// Forward and backward of `phase` of a worker that is one lane, without waiting for the numbers.
     ///
     /// # Errors
-    /// libtorch's; the passes are then unusable.
-    pub(super) fn run_whole(&mut self, phase: Phase, batch: &Batch) -> Result<Results, TorchError> {
+    /// libtorch's or the exchange's; the passes are then unusable.
+    pub(super) fn run_whole(&mut self, phase: Phase, batch: &Batch) -> Result<Results, PhaseError> {
+        // What ended an earlier phase says nothing of this one.
+        drop(self.exchange.take_error());
         let lane = self.lanes.first_mut().expect("lanes are prepared before they run");
-        lane.run(phase, batch, &self.setting)
+        lane.run(phase, batch, &self.setting).map_err(|error| cause(&self.exchange, error))
     }
 
     /// `shares` of all lanes summed over all workers, then `votes` of all workers.

@@ -13,7 +13,10 @@ pub use images::{copy_async, gather_images, host_like};
 pub use norm::{
     BatchNormOptions, DeviceSumReducer, RunningStatistics, SumReducer, batch_norm, commit_statistics,
 };
-pub use update::{AdamOptions, AdamTensors, Guard, first_not_finite, fused_adam, guard};
+pub use update::{
+    AdamOptions, AdamTensors, FROZEN_ENDED, FROZEN_NOT_FINITE, Guard, Stamp, Vouch, first_not_finite,
+    fused_adam, guard,
+};
 
 mod autograd;
 pub mod cuda;

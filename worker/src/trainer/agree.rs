@@ -38,6 +38,8 @@ pub struct Agreement {
     pub source: Rank,
     /// Members that received it.
     pub restored: u32,
+    /// All members can hand over whole steps.
+    pub all_run_ahead: bool,
 }
 
 /// Why members cannot have one state.
@@ -72,31 +74,39 @@ struct Head {
     parts: [u64; 3],
 }
 
-/// Bytes of a member's place: has state, step, phase.
+/// Bytes of a member's place: flags, step, phase.
 const PLACE_BYTES: usize = 17;
+/// In a place's flags: the member has state; it can hand over whole steps.
+const HAS_STATE: u8 = 1;
+const RUNS_AHEAD: u8 = 2;
 
 /// Finds the furthest member and gives its state to those who lack it.
 ///
-/// `own` is `None` where the member has no state yet. `unkept` are this member's metrics that are not stored;
+/// `runs_ahead`: this member can hand over whole steps. `own` is `None` where the member has no state yet. `unkept` are this member's metrics that are not stored;
 /// a receiver's are replaced by the source's through `take_reports`.
 ///
 /// # Errors
 /// The group broke, nobody has state, or a state does not fit.
 pub fn agree(
     collective: &Arc<dyn Collective>,
+    runs_ahead: bool,
     net: &mut Dcgan,
     own: &mut Option<Progressed>,
     unkept: impl FnOnce() -> Vec<StepReport>,
     take_reports: impl FnOnce(Vec<StepReport>),
 ) -> Result<Agreement, AgreeError> {
     let mut place = [0u8; PLACE_BYTES];
+    if runs_ahead {
+        place[0] |= RUNS_AHEAD;
+    }
     if let Some(own) = own {
-        place[0] = 1;
+        place[0] |= HAS_STATE;
         place[1..9].copy_from_slice(&own.step.to_le_bytes());
         place[9..].copy_from_slice(&(own.phase() as u64).to_le_bytes());
     }
-    let places: Vec<(bool, u64, u64)> =
-        collective.all_gather(&place)?.iter().map(|place| read(place)).collect();
+    let gathered = collective.all_gather(&place)?;
+    let all_run_ahead = gathered.iter().all(|place| flags(place) & RUNS_AHEAD != 0);
+    let places: Vec<(bool, u64, u64)> = gathered.iter().map(|place| read(place)).collect();
     let furthest = *places.iter().max().ok_or(AgreeError::Nobody)?;
     if !furthest.0 {
         return Err(AgreeError::Nobody);
@@ -104,7 +114,7 @@ pub fn agree(
     let source = places.iter().position(|&place| place == furthest).unwrap_or(0) as u32;
     let restored = places.iter().filter(|&&place| place != furthest).count() as u32;
     let received = places.get(collective.rank().0 as usize) != Some(&furthest);
-    let agreement = Agreement { source: Rank(source), restored };
+    let agreement = Agreement { source: Rank(source), restored, all_run_ahead };
     if restored == 0 {
         return Ok(agreement);
     }
@@ -122,13 +132,18 @@ pub fn agree(
     Ok(agreement)
 }
 
+fn flags(place: &[u8]) -> u8 {
+    place.first().copied().unwrap_or(0)
+}
+
+/// Has state, step, phase.
 fn read(place: &[u8]) -> (bool, u64, u64) {
     let number = |at: usize| {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(place.get(at..at + 8).unwrap_or(&[0; 8]));
         u64::from_le_bytes(bytes)
     };
-    (place.first() == Some(&1), number(1), number(9))
+    (flags(place) & HAS_STATE != 0, number(1), number(9))
 }
 
 fn pack(net: &Dcgan, own: &Progressed, reports: Vec<StepReport>) -> Result<Vec<u8>, AgreeError> {

@@ -18,7 +18,7 @@ mod stopper;
 mod thread;
 
 pub use buckets::{GradientBuckets, SumOrder, SummedGradients};
-pub use exchange::Exchange;
+pub use exchange::{DeviceSum, Exchange};
 pub use feed::Feed;
 pub use messages::{Command, JobError, Note, Seat};
 pub use optimizer::Adam;

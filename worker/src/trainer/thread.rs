@@ -80,6 +80,8 @@ pub struct Trainer {
     meeting: Meeting,
     /// Whole steps are handed to the device where that is possible; see [`Trainer::train_ahead`].
     pub(super) runs_ahead: bool,
+    /// All members of the group do that.
+    pub(super) all_run_ahead: bool,
     /// When the numbers of the newest such step came.
     pub(super) settled_at: Option<Instant>,
     /// `None` until there is state.
@@ -132,6 +134,7 @@ impl Trainer {
         let samples = Samples::new(&parts.config, parts.spool.clone());
         Ok(Self {
             runs_ahead: parts.device.is_cuda() || std::env::var_os(WHOLE_STEPS_VARIABLE).is_some(),
+            all_run_ahead: false,
             settled_at: None,
             meeting: Meeting::new(parts.device),
             parts,
@@ -231,13 +234,14 @@ impl Trainer {
         self.exchange.enter(collective);
         let collective = self.exchange.collective();
         self.parts.stopper.guard(generation, collective.abort_handle());
-        let spool = &self.parts.spool;
+        let runs_ahead = self.can_run_ahead(&*collective);
         let agreement = agree(
             &collective,
+            runs_ahead,
             &mut self.net,
             &mut self.progressed,
-            || spool.unkept_reports(),
-            |reports| reports.into_iter().for_each(|report| spool.report(report)),
+            || self.parts.spool.unkept_reports(),
+            |reports| reports.into_iter().for_each(|report| self.parts.spool.report(report)),
         )
         .map_err(|error| match error {
             AgreeError::Exchange(error) => JobError::Exchange(error),
@@ -249,6 +253,7 @@ impl Trainer {
 
     fn formed(&mut self, generation: u64, rank: Rank, agreement: Agreement) -> Result<(), JobError> {
         let stalled_s = self.broken_since.take().map_or(0.0, |since| since.elapsed().as_secs_f64());
+        self.all_run_ahead = agreement.all_run_ahead;
         self.steps_here = 0;
         let (step, phase) = self.position();
         self.parts.progress.begin(step);
@@ -288,9 +293,7 @@ impl Trainer {
                 if let Some(end) = self.train_ahead(commands)? {
                     return Ok(end);
                 }
-                if self.position().0 > step {
-                    continue;
-                }
+                continue;
             }
             let [stops, changes] = self.step(step)?;
             if step + 1 >= self.parts.target_steps {
@@ -311,7 +314,7 @@ impl Trainer {
     }
 
     /// Changes over when all members are ready for the same generation.
-    fn change(&mut self, changes: f64) -> Option<End> {
+    pub(super) fn change(&mut self, changes: f64) -> Option<End> {
         let ready = self.ready_for();
         let world = f64::from(self.exchange.collective().world());
         // Generations stay far below 2^53, so their sum is exact.

@@ -6,6 +6,7 @@
     reason = "what fails in a helper fails the test; it prints a table"
 )]
 
+mod group;
 mod kernels;
 mod speed;
 #[path = "../common/training.rs"]

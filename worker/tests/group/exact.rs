@@ -65,27 +65,27 @@ impl Member {
 }
 
 /// When a worker dies: at the `operations`-th exchange of the run's phase number `phase`.
-struct Kill {
+pub(super) struct Kill {
     rank: usize,
     phase: usize,
     operations: AtomicI64,
-    is_armed: AtomicBool,
+    pub(super) is_armed: AtomicBool,
 }
 
 impl Kill {
-    fn new(rank: usize, phase: usize, operation: i64) -> Arc<Self> {
+    pub(super) fn new(rank: usize, phase: usize, operation: i64) -> Arc<Self> {
         let (operations, is_armed) = (AtomicI64::new(operation), AtomicBool::new(false));
         Arc::new(Self { rank, phase, operations, is_armed })
     }
 
-    fn has_struck(&self) -> bool {
+    pub(super) fn has_struck(&self) -> bool {
         self.operations.load(Ordering::Relaxed) < 0
     }
 }
 
 /// A ring that is dropped in the middle of a phase, as a killed process drops it.
 #[derive(Debug)]
-struct Mortal {
+pub(super) struct Mortal {
     ring: Mutex<Option<Arc<Ring>>>,
     rank: Rank,
     world: u32,
@@ -99,7 +99,7 @@ impl std::fmt::Debug for Kill {
 }
 
 impl Mortal {
-    fn new(ring: Ring, kill: Arc<Kill>) -> Self {
+    pub(super) fn new(ring: Ring, kill: Arc<Kill>) -> Self {
         let (rank, world) = (ring.rank(), ring.world());
         Self { ring: Mutex::new(Some(Arc::new(ring))), rank, world, kill }
     }

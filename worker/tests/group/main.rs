@@ -5,6 +5,7 @@ mod ahead;
 mod exact;
 #[path = "../common/training.rs"]
 mod support;
+mod whole;
 
 use support::{bytes, config, faces, feed, group, iterate, share};
 use takuma_core::ids::Generation;

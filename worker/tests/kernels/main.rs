@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use emulation::{EmulatedLayer, EmulatedNorm, EmulatedValues, Fenced, emulation, number, values};
-use takuma_worker::torch::{self, BatchNormOptions, Guard, RunningStatistics, SumReducer};
+use takuma_worker::torch::{self, BatchNormOptions, Guard, RunningStatistics, Stamp, SumReducer, Vouch};
 use tch::{Device, Kind, Tensor};
 
 mod emulation;
@@ -194,7 +194,10 @@ fn batch_norm_kernels_agree_with_the_processor() {
     }
 }
 
-fn emulated_guard(gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky: bool) {
+/// A group's word and pair of stamps, or nothing.
+type Group<'a> = Option<(&'a u32, &'a Tensor)>;
+
+fn emulated_guard(gradients: &[&Tensor], loss: &Tensor, group: Group<'_>, guard: &Guard, sticky: bool) {
     let describe = |tensor: &&Tensor| EmulatedValues {
         data: tensor.data_ptr(),
         elements: tensor.numel() as i64,
@@ -208,6 +211,8 @@ fn emulated_guard(gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky: b
             list.as_ptr(),
             list.len() as i64,
             &describe(&loss),
+            group.map_or(std::ptr::null(), |(ended, _)| std::ptr::from_ref(ended)),
+            group.map_or(std::ptr::null_mut(), |(_, pair)| pair.data_ptr()),
             guard.frozen.data_ptr(),
             i32::from(sticky),
             guard.found.data_ptr(),
@@ -233,10 +238,12 @@ fn guard_kernels_agree_with_the_processor() {
         .collect();
     let list: Vec<&Tensor> = gradients.iter().collect();
     let run = |what: &str, loss: &Tensor, frozen: f64, sticky: bool| -> (f64, f64, i64) {
-        let results = [emulated_guard, |gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky| {
-            torch::guard(gradients, loss, guard, sticky).unwrap();
-        }]
-        .map(|judge: fn(&[&Tensor], &Tensor, &Guard, bool)| {
+        let results = [
+            (|gradients, loss, guard, sticky| emulated_guard(gradients, loss, None, guard, sticky))
+                as fn(&[&Tensor], &Tensor, &Guard, bool),
+            |gradients, loss, guard, sticky| torch::guard(gradients, loss, None, guard, sticky).unwrap(),
+        ]
+        .map(|judge| {
             let guard = Guard::new(Device::Cpu);
             drop(guard.frozen.shallow_clone().fill_(frozen));
             judge(&list, loss, &guard, sticky);
@@ -273,6 +280,58 @@ fn guard_kernels_agree_with_the_processor() {
             assert_eq!(run("two gradients", &fine, 0.0, false).2, i as i64);
         }
     }
+}
+
+#[test]
+fn end_of_a_group_freezes_all_updates_behind_it_in_both_guards() {
+    let gradient = values(&[100], 3, Kind::Float);
+    let (fine, bad) = (Tensor::from(0.5f64), Tensor::from(f64::NAN));
+    let stamp = Tensor::from(41.0f64);
+    // Whether the own word is set when the rank signs and when it judges, and what the others' stamps make.
+    let run = |words: [u32; 2], others: f64, loss: &Tensor, frozen: f64, sticky: bool| -> (f64, f64) {
+        let results = [false, true].map(|is_emulated| {
+            let guard = Guard::new(Device::Cpu);
+            drop(guard.frozen.shallow_clone().fill_(frozen));
+            let word = std::sync::atomic::AtomicU32::new(words[0]);
+            // SAFETY: the word lives to the end of this block.
+            let vouch = unsafe { Vouch::new(Device::Cpu, word.as_ptr()) };
+            if is_emulated {
+                // SAFETY: dense doubles and a word that live through the call.
+                unsafe {
+                    let pair = vouch.pair.data_ptr();
+                    (emulation().vouch)(word.as_ptr(), stamp.data_ptr(), 3.0, 2.0, 4.0, pair);
+                }
+            } else {
+                vouch.sign(&Stamp { number: &stamp, phases: 3, phase: 2, ranks: 4 }).unwrap();
+            }
+            let own = vouch.pair.double_value(&[0]);
+            assert_eq!(own, if words[0] == 0 { 125.0 } else { 0.0 });
+            assert_eq!(vouch.pair.double_value(&[1]), 500.0);
+            drop(vouch.pair.get(0).fill_(own + others));
+            word.store(words[1], std::sync::atomic::Ordering::SeqCst);
+            if is_emulated {
+                // SAFETY: as above.
+                let word = unsafe { &*word.as_ptr() };
+                emulated_guard(&[&gradient], loss, Some((word, &vouch.pair)), &guard, sticky);
+            } else {
+                torch::guard(&[&gradient], loss, Some(&vouch), &guard, sticky).unwrap();
+            }
+            (guard.found.double_value(&[]), guard.frozen.double_value(&[]))
+        });
+        assert_eq!(results[0], results[1]);
+        results[0]
+    };
+    for sticky in [false, true] {
+        assert_eq!(run([0, 0], 375.0, &fine, 0.0, sticky), (0.0, 0.0), "all signed");
+        assert_eq!(run([0, 0], 250.0, &fine, 0.0, sticky), (1.0, 2.0), "one of the others did not");
+        assert_eq!(run([0, 0], f64::NAN, &fine, 0.0, sticky), (1.0, 2.0), "nothing that is a stamp");
+        assert_eq!(run([1, 1], 375.0, &fine, 0.0, sticky), (1.0, 2.0), "this one did not");
+        assert_eq!(run([0, 1], 375.0, &fine, 0.0, sticky), (1.0, 2.0), "it ended in the last sum");
+        assert_eq!(run([0, 0], 375.0, &fine, 2.0, sticky), (1.0, 2.0), "it ended before");
+        assert_eq!(run([0, 1], 375.0, &bad, 1.0, sticky), (1.0, 2.0), "the end is told, not the NaN");
+    }
+    assert_eq!(run([0, 0], 375.0, &bad, 0.0, false), (1.0, 0.0));
+    assert_eq!(run([0, 0], 375.0, &bad, 0.0, true), (1.0, 1.0));
 }
 
 #[test]
