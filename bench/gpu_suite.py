@@ -66,20 +66,20 @@ class Suite:
         self.started.append(process)
         return process
 
-    def start_cluster(self, name, workers):
-        """A coordinator and workers that are idle, so that no run pays for loading CUDA."""
+    def start_cluster(self, name, devices):
+        """A coordinator and a worker on each of `devices` that is idle, so that no run pays for loading CUDA."""
         file, store = self.home / f"{name}.address", self.home / name
         self.start(f"{name}-coordinator", HERE / "takuma-coordinator", "--listen", "127.0.0.1:0",
                    "--store", store, "--address-file", file)
         self.address = self.wait("the coordinator", lambda: file.exists() and file.read_text().strip(), 20)
         processes = [
             self.start(f"{name}-{number}", HERE / "takuma-worker", "--coordinator", self.address, "--device",
-                       self.device, "--name", f"w{number}")
-            for number in range(workers)
+                       device, "--name", f"w{number}")
+            for number, device in enumerate(devices)
         ]
         def idle():
             known = self.json("worker", "ls") or []
-            return sum(worker["status"] == "idle" for worker in known) == workers
+            return sum(worker["status"] == "idle" for worker in known) == len(devices)
         self.wait("idle workers", idle, 90)
         return store, processes
 
@@ -132,26 +132,32 @@ def tests(suite):
             print("\n".join(told[:12]), file=sys.stderr)
 
 
-def two_on_one_card(suite, data):
-    """Two workers share the card over the ring; one is killed, the other goes on."""
-    check = "two workers on one GPU over the ring; one is killed, the other goes on"
+def cards(suite):
+    """How many GPUs the workers see."""
+    listed = suite.run([HERE / "takuma-worker", "devices", "--json"], 90)
+    devices = json.loads(listed.stdout)["devices"] if listed and listed.returncode == 0 else []
+    return sum(one["name"].startswith("cuda:") and one["usable"] for one in devices)
+
+
+def pair(suite, data, name, check, devices):
+    """Two workers train together; one is killed, the other goes on."""
     try:
-        _, workers = suite.start_cluster("pair", 2)
-        submitted = suite.takuma("run", "submit", "dcgan-tiny", "--name", "pair", "--data", data, "--steps", "300",
+        _, workers = suite.start_cluster(name, devices)
+        submitted = suite.takuma("run", "submit", "dcgan-tiny", "--name", name, "--data", data, "--steps", "300",
                                  "--workers", "2", "-y", "-d")
         if not submitted or submitted.returncode != 0:
             raise RuntimeError(submitted.stderr.strip() if submitted else "no answer")
-        suite.wait("step 30", lambda: (suite.json("run", "show", "pair") or {}).get("step", 0) >= 30, 60)
+        suite.wait("step 30", lambda: (suite.json("run", "show", name) or {}).get("step", 0) >= 30, 60)
         workers[1].kill()
-        ended = suite.takuma("run", "wait", "pair", limit_s=90)
-        audited = suite.takuma("run", "audit", "pair")
+        ended = suite.takuma("run", "wait", name, limit_s=90)
+        audited = suite.takuma("run", "audit", name)
         well = all(ran and ran.returncode == 0 for ran in (ended, audited))
         suite.row(check, "300 steps, audit clean" if well else "FAILED", failed=not well)
         if not well:
-            suite.last_words("pair-coordinator", "pair-0")
+            suite.last_words(f"{name}-coordinator", f"{name}-0")
     except (TimeoutError, RuntimeError) as error:
         suite.row(check, f"FAILED: {error}", failed=True)
-        suite.last_words("pair-coordinator", "pair-0", "pair-1")
+        suite.last_words(f"{name}-coordinator", f"{name}-0", f"{name}-1")
     finally:
         suite.stop_cluster()
 
@@ -225,9 +231,15 @@ def main():
         if not drawn or drawn.returncode != 0:
             suite.row("dataset", "FAILED" if drawn else "not drawn in its time", failed=True)
             return 1
-        two_on_one_card(suite, data)
+        check = "two workers on one GPU over the ring; one is killed, the other goes on"
+        pair(suite, data, "pair", check, [suite.device] * 2)
+        check = "two GPUs hand over whole steps; one's worker is killed, the other goes on"
+        if cards(suite) >= 2:
+            pair(suite, data, "cards", check, ["cuda:0", "cuda:1"])
+        else:
+            suite.row(check, "skipped: it needs two GPUs")
         exact_on_one_card(suite, data)
-        store, _ = suite.start_cluster("full", 1)
+        store, _ = suite.start_cluster("full", [suite.device])
         full_run(suite, store, data, "bf16", 90)
         peers(suite)
         for precision in ("tf32", "f32"):

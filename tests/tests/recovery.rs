@@ -329,3 +329,106 @@ fn worker_that_hands_over_whole_steps_trains_the_same_and_takes_others_in() {
     });
     is_whole(&cluster, "joined", 120);
 }
+
+/// A cluster whose workers hand over whole steps, as on GPUs.
+fn whole_steps(workers: u32) -> Cluster {
+    let folder = TempDir::new().unwrap();
+    let store = format!("file://{}/store", folder.path().display());
+    Cluster::over(folder, store, vec![("TAKUMA_WHOLE_STEPS", "1".to_owned())], workers)
+}
+
+/// The parts of a checkpoint, with their digests.
+fn parts(cluster: &Cluster, run: &str, step: u64) -> Value {
+    let file = cluster.path(&format!("store/runs/{run}/checkpoints/step-{step:06}/manifest.json"));
+    let manifest: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(manifest["parts"].as_array().unwrap().len(), 3);
+    manifest["parts"].clone()
+}
+
+fn digest(cluster: &Cluster, run: &str) -> Value {
+    cluster.json(&["run", "show", run, "-o", "json"])["weights_sha256"].clone()
+}
+
+#[test]
+fn group_that_hands_over_whole_steps_trains_the_same_and_stops_and_resumes_alike() {
+    // Checkpoints in the middle between two grids.
+    let rest = ["--workers", "2", "--set", "checkpoint_every=7"];
+    let waited = Cluster::start(2);
+    submit(&waited, "waited", 40, &rest);
+    is_whole(&waited, "waited", 40);
+    let mut cluster = whole_steps(2);
+    submit(&cluster, "whole", 40, &rest);
+    is_whole(&cluster, "whole", 40);
+    assert!(
+        cluster
+            .worker("worker-1")
+            .log()
+            .contains("whole steps are handed over from step 1 on, in a group of 2")
+    );
+    assert!(!waited.metrics("waited").is_empty());
+    for step in [7, 35] {
+        assert_eq!(parts(&cluster, "whole", step), parts(&waited, "waited", step), "step {step}");
+    }
+    assert_eq!(digest(&cluster, "whole"), digest(&waited, "waited"));
+
+    submit(&cluster, "halved", 40, &rest);
+    cluster.wait_for_step("halved", 3);
+    let _printed = cluster.ok(&["run", "stop", "halved"]);
+    let stopped = cluster.json(&["run", "show", "halved", "-o", "json"]);
+    assert_eq!(stopped["status"], "stopped");
+    assert!(stopped["step"].as_u64().unwrap() < 40, "it was stopped half-way: {stopped}");
+    let _printed = cluster.ok(&["run", "resume", "halved", "-d"]);
+    is_whole(&cluster, "halved", 40);
+    assert_eq!(digest(&cluster, "halved"), digest(&waited, "waited"));
+    let _printed = cluster.ok(&["run", "audit", "halved"]);
+}
+
+#[test]
+fn group_that_hands_over_whole_steps_loses_members_and_takes_them_in() {
+    let mut cluster = whole_steps(3);
+    submit(&cluster, "lossy", 160, &[]);
+    cluster.wait_for_step("lossy", 10);
+    cluster.worker("worker-1").kill();
+    cluster.wait_for_step("lossy", 25);
+    let workers =
+        |cluster: &Cluster| cluster.json(&["run", "show", "lossy", "-o", "json"])["workers"].clone();
+    assert_eq!(workers(&cluster), 2);
+    cluster.add_worker_now("worker-4");
+    let until = |cluster: &Cluster, what: &str, count: u64| {
+        wait_for(what, || {
+            let view = cluster.json(&["run", "show", "lossy", "-o", "json"]);
+            assert_ne!(view["status"], "succeeded", "the run ended before that");
+            (view["workers"] == count).then_some(())
+        });
+    };
+    until(&cluster, "the newcomer", 3);
+    // One that is stopped is left behind: the group that it was in is ended, and let go of, when it wakes.
+    cluster.worker("worker-2").signal("STOP");
+    until(&cluster, "the others to go on", 2);
+    cluster.worker("worker-2").signal("CONT");
+    until(&cluster, "the stopped worker's return", 3);
+    let _printed = cluster.ok(&["worker", "drain", "worker-3"]);
+    until(&cluster, "one to leave", 2);
+    is_whole(&cluster, "lossy", 160);
+    let _printed = cluster.ok(&["run", "audit", "lossy"]);
+    for (name, sizes) in [("worker-2", [3, 2].as_slice()), ("worker-4", [3, 2].as_slice())] {
+        let log = cluster.worker(name).log();
+        for size in sizes {
+            assert!(log.contains(&format!("on, in a group of {size}")), "{name}, {size}: {log}");
+        }
+    }
+}
+
+#[test]
+fn group_that_hands_over_whole_steps_stops_together_at_a_number_that_is_none() {
+    let mut cluster = whole_steps(1);
+    cluster.add_doomed_worker("worker-2", "nan@+4.d");
+    wait_for("both workers", || {
+        (cluster.json(&["worker", "ls", "-o", "json"]).as_array().unwrap().len() == 2).then_some(())
+    });
+    submit(&cluster, "skipping", 20, &["--workers", "2", "--on-nan", "skip"]);
+    is_whole(&cluster, "skipping", 20);
+    assert_eq!(without_loss(&cluster, "skipping"), [5]);
+    assert!(cluster.worker("worker-2").log().contains("in a group of 2"));
+    let _printed = cluster.ok(&["run", "audit", "skipping"]);
+}

@@ -65,8 +65,12 @@ char *takuma_cuda_event_query(void *event, int32_t *reached) {
 
 void takuma_cuda_event_free(void *event) { cuda_table().event_free(event); }
 
-char *takuma_cuda_graph_begin(void **graph) {
-  return guarded([&] { *graph = cuda_table().graph_begin(); });
+char *takuma_cuda_graph_begin(void *former, int32_t across_threads, void **graph) {
+  return guarded([&] { *graph = cuda_table().graph_begin(former, across_threads != 0); });
+}
+
+char *takuma_cuda_graph_is_empty(void *graph, int32_t *empty) {
+  return guarded([&] { *empty = cuda_table().graph_is_empty(graph); });
 }
 
 char *takuma_cuda_graph_end(void *graph) {

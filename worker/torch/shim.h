@@ -89,13 +89,22 @@ char *takuma_leaky_relu(tensor x, double slope, tensor *y);
 // none. Float, double or bfloat16 tensors without gaps in memory, all on one device.
 char *takuma_first_not_finite(const tensor *tensors, size_t n, size_t *found);
 
-// Judges an update on the device: *found = 1 if `loss` or a gradient is infinite or a NaN or if *frozen is not
-// 0, else 0; *index = the first such gradient or n; if `sticky`, *frozen = *found then.
+// What this rank says of a group's sums before this moment: pair[0] = stamp * phases + phase, or 0 if *ended is
+// not 0 by then; pair[1] = ranks * (stamp * phases + phase).
+//   ended       a word that the device can read, for as long as it has work
+//   stamp       a double scalar;  pair   double [2], on the same device
+char *takuma_vouch(const uint32_t *ended, tensor stamp, double phases, double phase, double ranks,
+                   tensor pair);
+
+// Judges an update on the device. *frozen = 2 if *ended is not 0, or pair[0] is not pair[1]. Then *found = 1 if
+// `loss` or a gradient is infinite or a NaN or if *frozen is not 0, else 0; *index = the first such gradient or
+// n; if `sticky` and *frozen is 0, *frozen = *found.
 //   gradients   as in takuma_first_not_finite
 //   loss        a scalar of those types
+//   ended, pair as in takuma_vouch, pair[0] summed over the ranks since; or both NULL
 //   frozen, found   float scalars;  index   an int64 scalar
-char *takuma_guard(const tensor *gradients, size_t n, tensor loss, tensor frozen, int sticky,
-                   tensor found, tensor index);
+char *takuma_guard(const tensor *gradients, size_t n, tensor loss, const uint32_t *ended, tensor pair,
+                   tensor frozen, int sticky, tensor found, tensor index);
 
 // One Adam step over all parameters in one call. `steps` are float scalars and count up here.
 // Where `found_inf`, a float scalar or NULL, is 1, nothing is updated and nothing is counted.
@@ -164,7 +173,12 @@ void takuma_cuda_event_free(void *event);
 
 // Graphs, given away. From `begin` to `end` the calling thread's stream keeps what it is given instead of
 // running it. `free` ends a capture that has not been ended, on the thread that began it.
-char *takuma_cuda_graph_begin(void **graph);
+//   former          NULL, or a graph whose memory the new one shares: it must be replayed after that one, and before
+//                   that one is replayed again
+//   across_threads  whether another thread may end the capture, on the same stream
+char *takuma_cuda_graph_begin(void *former, int32_t across_threads, void **graph);
+// Whether nothing was given to the stream since `begin`.
+char *takuma_cuda_graph_is_empty(void *graph, int32_t *empty);
 char *takuma_cuda_graph_end(void *graph);
 char *takuma_cuda_graph_replay(void *graph);
 void takuma_cuda_graph_free(void *graph);

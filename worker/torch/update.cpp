@@ -9,6 +9,7 @@
 
 #include <atomic>
 
+#include "cuda/kernel_types.h"
 #include "cuda/table.h"
 #include "guard.h"
 
@@ -74,7 +75,7 @@ extern "C" char *takuma_first_not_finite(const tensor *tensors, size_t n, size_t
       const auto zero = at::zeros({}, options.dtype(at::kFloat));
       auto verdict = at::zeros({}, options.dtype(at::kFloat));
       auto index = at::zeros({}, options.dtype(at::kLong));
-      cuda_table().guard(all, zero, zero, false, verdict, index);
+      cuda_table().guard(all, zero, nullptr, {}, zero, false, verdict, index);
       *found = static_cast<size_t>(index.item<int64_t>());
     } else {
       *found = static_cast<size_t>(first_not_finite(all));
@@ -82,8 +83,39 @@ extern "C" char *takuma_first_not_finite(const tensor *tensors, size_t n, size_t
   });
 }
 
-extern "C" char *takuma_guard(const tensor *gradients, size_t n, tensor loss, tensor frozen,
-                              int sticky, tensor found, tensor index) {
+namespace {
+
+bool has_ended(const uint32_t *ended) { return __atomic_load_n(ended, __ATOMIC_ACQUIRE) != 0; }
+
+void check_pair(const at::Tensor &pair, const at::Device &device) {
+  TORCH_CHECK(pair.numel() == 2 && pair.scalar_type() == at::kDouble && pair.is_contiguous() &&
+                  pair.device() == device,
+              "a rank's stamps are double [2] on the device of what they are made of");
+}
+
+}  // namespace
+
+extern "C" char *takuma_vouch(const uint32_t *ended, tensor stamp, double phases, double phase,
+                              double ranks, tensor pair) {
+  return guarded([&] {
+    const at::Tensor &number = deref(stamp);
+    at::Tensor &into = deref(pair);
+    TORCH_CHECK(ended, "a group has a word for its end");
+    TORCH_CHECK(number.numel() == 1 && number.scalar_type() == at::kDouble, "a stamp is a double");
+    check_pair(into, number.device());
+    if (number.is_cuda()) {
+      cuda_table().vouch(ended, number, phases, phase, ranks, into);
+      return;
+    }
+    const double whole = *number.const_data_ptr<double>() * phases + phase;
+    double *values = into.mutable_data_ptr<double>();
+    values[0] = has_ended(ended) ? 0.0 : whole;
+    values[1] = whole * ranks;
+  });
+}
+
+extern "C" char *takuma_guard(const tensor *gradients, size_t n, tensor loss, const uint32_t *ended,
+                              tensor pair, tensor frozen, int sticky, tensor found, tensor index) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     const auto all = list(gradients, n);
@@ -98,16 +130,28 @@ extern "C" char *takuma_guard(const tensor *gradients, size_t n, tensor loss, te
                   "the guard's verdicts are float scalars on one device");
     TORCH_CHECK(place.numel() == 1 && place.scalar_type() == at::kLong && place.device() == device,
                 "the guard's index is an int64 scalar on the device of its verdicts");
+    TORCH_CHECK(!ended == !pair, "a group has both a word for its end and stamps");
+    at::Tensor stamps;
+    if (pair) {
+      stamps = deref(pair);
+      check_pair(stamps, device);
+    }
     if (device.is_cuda()) {
-      cuda_table().guard(all, deref(loss), ice, sticky != 0, verdict, place);
+      cuda_table().guard(all, deref(loss), ended, stamps, ice, sticky != 0, verdict, place);
       return;
+    }
+    float &frozen_by = *ice.mutable_data_ptr<float>();
+    if (ended) {
+      const double *values = stamps.const_data_ptr<double>();
+      // A NaN in the stamps is no equality either.
+      if (has_ended(ended) || !(values[0] == values[1])) frozen_by = kEnded;
     }
     const int64_t first = first_not_finite(all);
     const bool refused = first < static_cast<int64_t>(n) || not_finite(deref(loss)) ||
-                         *ice.const_data_ptr<float>() != 0;
+                         frozen_by != 0;
     *verdict.mutable_data_ptr<float>() = refused ? 1.0f : 0.0f;
     *place.mutable_data_ptr<int64_t>() = first;
-    if (sticky) *ice.mutable_data_ptr<float>() = refused ? 1.0f : 0.0f;
+    if (sticky && frozen_by == 0 && refused) frozen_by = kNotFinite;
   });
 }
 

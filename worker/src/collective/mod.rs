@@ -22,7 +22,7 @@ mod sum;
 
 use std::{fmt, sync::Arc, time::Duration};
 
-pub use device::{DeviceCollective, DeviceKind, DeviceValues};
+pub use device::{DeviceCollective, DeviceKind, DeviceValues, EndedWord, HostStream};
 pub use error::CollectiveError;
 pub use loopback::Loopback;
 pub use nccl::{Nccl, NcclConfig};

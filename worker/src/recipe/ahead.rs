@@ -1,42 +1,60 @@
 //! [`Ahead`]: whole steps handed to the device without waiting for any of them.
 //!
 //! A GPU computes a step in about a millisecond, which is what a host needs to launch it kernel by kernel or to
-//! wait for its numbers three times. So a worker that is alone in its group hands over whole steps: their inputs
-//! are copied into fixed places, the three phases are one CUDA graph, and the numbers come back while the next
-//! step runs. What a host would decide between the phases is decided on the device: an update whose loss or
-//! gradients are not finite is left out, and so are all after it until the host has seen it, unless the run
-//! skips such updates.
+//! wait for its numbers three times. So whole steps are handed over: their inputs are copied into fixed places, the
+//! three phases are one recorded program, and the numbers come back while the next step runs. What a host would
+//! decide between the phases is decided on the device: an update whose loss or gradients are not finite is left out,
+//! and so are all after it until the host has seen it, unless the run skips such updates.
+//!
+//! In a group the program is graphs with the group's sums between them. Its votes travel with each step. Once the group
+//! ends, in whatever way and on whatever rank, no update is applied any more: see [`Vouch`]. So the state is always that
+//! between two phases, and the numbers say which.
 //!
 //! On a CPU the same code computes at once, with the same bits as [`Dcgan::phase`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use takuma_core::config::OnNan;
 use tch::{Kind, Tensor};
 
 use super::dcgan::{Batch, Dcgan};
-use super::phase::{Phase, PhaseSums};
+use super::phase::{Phase, PhaseError, PhaseSums};
 use super::update::blame;
+use crate::collective::EndedWord;
 use crate::model::Network;
-use crate::torch::cuda::{Event, Graph};
-use crate::torch::{self, Guard, TorchError};
+use crate::torch::cuda::{Event, Graph, Program, StreamCapture};
+use crate::torch::{self, FROZEN_ENDED, Guard, Stamp, TorchError, Vouch};
+use crate::trainer::DeviceSum;
 
-/// Steps that run kernel by kernel before the graph is captured: cuDNN chooses its algorithms meanwhile.
+/// Steps that run kernel by kernel before one is recorded: cuDNN chooses its algorithms meanwhile.
 const WARM_UP_STEPS: u32 = 3;
-/// Numbers of a phase: loss, logits on the right side, whether the update was left out, first gradient that is
-/// to blame.
-const NUMBERS: i64 = 4;
 
 /// A GPU that is still at a step by then is stuck: it takes milliseconds, and cuDNN's first choice of algorithms
 /// and the kernels' compilation some seconds.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Images and noise of a step, for the device to fetch.
+/// Images and noise of a step, for the device to fetch, and what this worker has to say in it.
 pub struct StepInput {
     /// Where the images come from.
     pub images: Images,
     /// f32 `[N, 100]`, on the host; page-locked if the device is a GPU.
     pub noise_nz: Tensor,
+    /// Summed over the workers with the step's numbers.
+    pub votes: Votes,
+}
+
+/// What a worker says in a step. Comes back as the sum over all workers.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Votes {
+    /// The step, the same for all workers and another for each step; 0 for the first.
+    pub step: u64,
+    /// 1 if this worker was asked to stop the run.
+    pub stop: f64,
+    /// The generation that it is ready to change over to; 0 = none.
+    pub ready_for: f64,
+    /// See [`Batch::fed`].
+    pub fed: f64,
 }
 
 /// A step's images.
@@ -61,6 +79,20 @@ pub enum Outcome {
     NotFinite(String),
     /// It was not, because an earlier one was not.
     Frozen,
+    /// It was not, because the group ended before its sums were whole.
+    Ended,
+}
+
+/// What became of a step that was handed over.
+#[derive(Debug)]
+pub struct Settled {
+    /// By phase.
+    pub outcomes: Vec<Outcome>,
+    /// Sums over the workers of what they said in the step, by the last phase that was applied; of `step` this
+    /// worker's.
+    pub votes: Votes,
+    /// Why the step could not be handed over to its end.
+    pub failed: Option<PhaseError>,
 }
 
 /// The numbers of a step under way.
@@ -68,49 +100,88 @@ pub struct Ticket {
     /// f64 `[3, NUMBERS]`, on the host.
     numbers: Tensor,
     event: Event,
+    failed: Option<PhaseError>,
+    step: u64,
     /// Read by the device until the step is done.
-    _input: StepInput,
+    _input: (StepInput, Tensor, Option<EndedWord>),
 }
 
-/// Fixed places and the graph over them.
+impl Ticket {
+    /// Whether the step could not be handed over to its end. [`Dcgan::settle`] tells why, and how far it came.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
+}
+
+/// Numbers of a phase: those that are summed over the workers, then whether the update was left out, why all are, and
+/// the first gradient that is to blame.
+const NUMBERS: i64 = 8;
+
+/// Fixed places and the program over them.
 pub(super) struct Ahead {
     /// Images, in the type that the networks compute in, and noise.
     batch: Batch,
+    /// f64 `[4]`: stop, ready for, fed, and the number of the step, from 1.
+    votes: Tensor,
     guard: Guard,
     /// The first update that is left out stops all that follow.
     is_sticky: bool,
+    /// Where the group sums on devices: what tells them of its end.
+    vouch: Option<(Vouch, EndedWord)>,
     /// f64 `[3, NUMBERS]`, on the device.
     numbers: Tensor,
-    graph: Option<Graph>,
-    /// Steps without a graph so far.
+    program: Option<Program<Graph, DeviceSum>>,
+    /// [`crate::trainer::Exchange::groups`] of the group that this was made in.
+    group: u64,
+    /// Steps without a program so far.
     steps: u32,
-    /// A step could not be captured, and will not be tried again.
+    /// A step could not be recorded, and will not be tried again.
     has_no_graph: bool,
 }
 
 impl Ahead {
-    fn new(net: &Dcgan, slots: i64, image_size: i64) -> Self {
+    fn new(net: &Dcgan, slots: i64) -> Self {
         let arithmetic = net.arithmetic();
-        let device = arithmetic.device;
+        let (device, image_size) = (arithmetic.device, net.image_size());
         let pixels = Tensor::zeros([slots, image_size, image_size, 3], (arithmetic.compute, device));
+        let collective = net.exchange.collective();
+        let ended = collective.on_device().filter(|_| collective.world() > 1).map(|sums| sums.ended());
         Self {
             batch: Batch {
                 reals_nchw: pixels.permute([0, 3, 1, 2]),
                 noise_nz: Tensor::zeros([slots, crate::model::NOISE_LEN], (arithmetic.kind, device)),
                 fed: 0,
             },
+            votes: Tensor::zeros([4], (Kind::Double, device)),
             guard: Guard::new(device),
             is_sticky: net.on_nan() != OnNan::Skip,
+            // SAFETY: the word stays with this and with each ticket, until the device has done the step.
+            vouch: ended.map(|ended| (unsafe { Vouch::new(device, ended.as_ptr()) }, ended)),
             numbers: Tensor::zeros([Phase::ALL.len() as i64, NUMBERS], (Kind::Double, device)),
-            graph: None,
-            steps: 0,
-            has_no_graph: !device.is_cuda(),
+            program: None,
+            group: net.exchange.groups(),
+            // What cuDNN has chosen for shapes like these it keeps.
+            steps: if net.warm_slots == slots { WARM_UP_STEPS - 1 } else { 0 },
+            has_no_graph: !device.is_cuda() || !net.records,
         }
     }
 
-    /// Brings a step's images and noise to their places, in the order of the device's stream.
-    fn take_in(&self, input: &StepInput) -> Result<(), TorchError> {
+    fn is_for(&self, net: &Dcgan, slots: i64) -> bool {
+        self.batch.noise_nz.size()[0] == slots && self.group == net.exchange.groups()
+    }
+
+    /// Brings a step's images, noise and votes to their places, in the order of the device's stream, and forgets the
+    /// numbers of the step before: a phase that the device never comes to leaves none.
+    fn take_in(&self, input: &StepInput, votes: &Tensor) -> Result<(), TorchError> {
         torch::copy_async(&self.batch.noise_nz, &input.noise_nz)?;
+        torch::copy_async(&self.votes, votes)?;
+        drop(
+            self.numbers
+                .shallow_clone()
+                .f_fill_(f64::NAN)
+                .map_err(|error| TorchError { operation: "fill", message: error.to_string() })?,
+        );
         match &input.images {
             Images::Ready(images_nchw) => torch::copy_async(&self.batch.reals_nchw, images_nchw),
             Images::Rows { dataset_nhwc, rows } => {
@@ -119,30 +190,49 @@ impl Ahead {
             }
         }
     }
+
+    /// The host's side of the votes' place.
+    fn votes_of(&self, votes: &Votes) -> Result<Tensor, TorchError> {
+        let values = [votes.stop, votes.ready_for, votes.fed, (votes.step + 1) as f64];
+        let host = torch::host_like(&self.votes, self.votes.device())?;
+        torch::copy_async(&host, &Tensor::from_slice(&values))?;
+        Ok(host)
+    }
+
+    /// The numbers of the newest step on their way to the host.
+    fn numbers_on_host(&self) -> Result<(Tensor, Event), TorchError> {
+        let device = self.numbers.device();
+        let numbers = torch::host_like(&self.numbers, device)?;
+        torch::copy_async(&numbers, &self.numbers)?;
+        let mut event = Event::new(device)?;
+        event.record()?;
+        Ok((numbers, event))
+    }
 }
 
 impl Dcgan {
-    /// Hands a whole step to the device, to be computed after those before it. For a worker that is alone in
-    /// its group, and not for exact mode.
+    /// Hands a whole step to the device, to be computed after those before it. All workers of the group hand over the
+    /// same steps. Not for exact mode, nor for a group of GPUs that does not sum on them.
+    ///
+    /// What goes wrong once the device has begun with it, a group that ends above all, is told by [`Dcgan::settle`]:
+    /// some of its phases may have been applied. Nothing more may then be handed over before [`Dcgan::regroup`].
     ///
     /// # Errors
-    /// libtorch's. The state may then be anywhere within the step.
+    /// libtorch's. Nothing of the step is applied.
     pub fn enqueue(&mut self, input: StepInput) -> Result<Ticket, TorchError> {
         let slots = input.noise_nz.size()[0];
-        let fits = |ahead: &Ahead| ahead.batch.noise_nz.size()[0] == slots;
-        let image_size = self.image_size();
-        let mut ahead = match self.ahead.take().filter(fits) {
-            Some(ahead) => ahead,
-            None => Ahead::new(self, slots, image_size),
-        };
-        ahead.take_in(&input)?;
-        self.launch(&mut ahead)?;
-        let numbers = torch::host_like(&ahead.numbers, ahead.numbers.device())?;
-        torch::copy_async(&numbers, &ahead.numbers)?;
-        let mut event = Event::new(ahead.numbers.device())?;
-        event.record()?;
+        let former = self.ahead.take().filter(|ahead| ahead.is_for(self, slots));
+        let mut ahead = former.unwrap_or_else(|| Ahead::new(self, slots));
+        let votes = ahead.votes_of(&input.votes)?;
+        ahead.take_in(&input, &votes)?;
+        let failed = self.launch(&mut ahead).err();
+        if failed.is_some() {
+            self.clear(Phase::G2)?;
+        }
+        let (numbers, event) = ahead.numbers_on_host()?;
+        let ended = ahead.vouch.as_ref().map(|(_, ended)| ended.clone());
         self.ahead = Some(ahead);
-        Ok(Ticket { numbers, event, _input: input })
+        Ok(Ticket { numbers, event, failed, step: input.votes.step, _input: (input, votes, ended) })
     }
 
     /// Waits for a step that was handed over: what became of its phases. `None` if the device is stuck: nothing that
@@ -150,39 +240,50 @@ impl Dcgan {
     ///
     /// # Errors
     /// libtorch's, when the device fails.
-    pub fn settle(&self, mut ticket: Ticket) -> Result<Option<Vec<Outcome>>, TorchError> {
+    pub fn settle(&self, mut ticket: Ticket) -> Result<Option<Settled>, TorchError> {
         if !ticket.event.wait(Instant::now() + STEP_TIMEOUT)? {
             // Its memory is still written to.
             std::mem::forget(ticket);
             return Ok(None);
         }
         let mut is_frozen = false;
-        let outcomes = Phase::ALL.iter().map(|&phase| {
-            let row = ticket.numbers.get(phase as i64);
-            let [loss, right, found, index] = [0, 1, 2, 3].map(|place| row.double_value(&[place]));
+        let mut votes = Votes { step: ticket.step, ..Votes::default() };
+        let mut outcome = |phase: Phase| {
+            let row = ticket.numbers.get(i64::from(phase.index()));
+            let row: Vec<f64> = (0..NUMBERS).map(|place| row.double_value(&[place])).collect();
+            let [loss, right, stop, ready_for, fed, found, frozen, index] = row[..] else {
+                unreachable!("a phase has so many numbers")
+            };
             if found == 0.0 {
+                votes = Votes { stop, ready_for, fed, ..votes };
                 return Outcome::Applied(PhaseSums { loss, right });
             }
+            // Without numbers the device never came to it.
+            if frozen == FROZEN_ENDED || found.is_nan() {
+                return Outcome::Ended;
+            }
+            votes = Votes { stop, ready_for, fed, ..votes };
             if is_frozen {
                 return Outcome::Frozen;
             }
             is_frozen = self.on_nan() != OnNan::Skip;
             Outcome::NotFinite(self.blame(phase, loss, index as usize))
-        });
-        Ok(Some(outcomes.collect()))
+        };
+        let outcomes = Phase::ALL.map(&mut outcome).to_vec();
+        Ok(Some(Settled { outcomes, votes, failed: ticket.failed }))
     }
 
-    /// Whether whole steps run as a graph by now.
+    /// Whether whole steps run as a recorded program by now.
     #[must_use]
     pub fn is_captured(&self) -> bool {
-        self.ahead.as_ref().is_some_and(|ahead| ahead.graph.is_some())
+        self.ahead.as_ref().is_some_and(|ahead| ahead.program.is_some())
     }
 
     /// Runs the newest step again over the input that lies in its place: what a step costs without its input.
     ///
     /// # Errors
-    /// libtorch's, or that no step was handed over yet.
-    pub fn replay(&mut self) -> Result<(), TorchError> {
+    /// libtorch's, what ended the group, or that no step was handed over yet.
+    pub fn replay(&mut self) -> Result<(), PhaseError> {
         let nothing =
             || TorchError { operation: "a replay", message: "no step was handed over yet".to_owned() };
         let mut ahead = self.ahead.take().ok_or_else(nothing)?;
@@ -201,17 +302,20 @@ impl Dcgan {
         blame(loss, network, gradient).unwrap_or_else(|| "the loss or a gradient".to_owned())
     }
 
-    /// Runs the step over the fixed places: as a graph once it has been captured.
-    fn launch(&mut self, ahead: &mut Ahead) -> Result<(), TorchError> {
-        if let Some(graph) = &mut ahead.graph {
-            return graph.replay();
+    /// Runs the step over the fixed places: as a program once it has been recorded.
+    fn launch(&mut self, ahead: &mut Ahead) -> Result<(), PhaseError> {
+        let exchange = Arc::clone(&self.exchange);
+        let launch = |graph: &mut Graph| graph.replay().map_err(PhaseError::from);
+        if let Some(program) = &mut ahead.program {
+            return exchange.replay(program, launch);
         }
         if !ahead.has_no_graph && ahead.steps >= WARM_UP_STEPS {
-            match Graph::capture(|| self.iterate(ahead)) {
-                Ok(mut graph) => {
-                    graph.replay()?;
-                    ahead.graph = Some(graph);
-                    return Ok(());
+            // Sums in a backward pass cut the capture on libtorch's thread.
+            let capture = StreamCapture::new(!exchange.is_alone());
+            match exchange.record(capture, || self.iterate(ahead)) {
+                Ok(program) => {
+                    self.warm_slots = ahead.batch.noise_nz.size()[0];
+                    return exchange.replay(ahead.program.insert(program), launch);
                 }
                 // Nothing of it has run, so the step can still be computed.
                 Err(error) => {
@@ -226,36 +330,60 @@ impl Dcgan {
     }
 
     /// The three phases, without a look at any number.
-    fn iterate(&mut self, ahead: &Ahead) -> Result<(), TorchError> {
-        let Ahead { batch, guard, is_sticky, numbers, .. } = ahead;
-        let Guard { found, index, .. } = guard;
-        let mut rows = Vec::new();
+    fn iterate(&mut self, ahead: &Ahead) -> Result<(), PhaseError> {
         for phase in Phase::ALL {
-            let (loss, right) = self.pass(batch, phase)?;
-            let (state, first) = (&self.state, self.lanes.first());
-            let (updater, network, first): (_, &dyn Network, &dyn Network) = match phase {
-                Phase::D => (&self.update_d, &state.discriminator, &first.discriminator),
-                Phase::G1 | Phase::G2 => (&self.update_g, &state.generator, &first.generator),
-            };
-            let gradients: Vec<Tensor> = first.tensors().iter().map(|tensor| tensor.grad()).collect();
-            let gradients: Vec<&Tensor> = gradients.iter().collect();
-            torch::guard(&gradients, &loss, guard, *is_sticky)?;
-            updater.optimizer().step(&network.tensors(), &gradients, Some(found))?;
-            let (g_norms, d_norms) = self.lanes.norms();
-            g_norms.commit(&self.state.generator, Some(found))?;
-            d_norms.commit(&self.state.discriminator, Some(found))?;
-            self.clear(phase)?;
-            rows.extend([loss.to_kind(Kind::Double), right, found.to_kind(Kind::Double)]);
-            rows.push(index.to_kind(Kind::Double));
+            let made = self.iterate_phase(ahead, phase);
+            for updater in [&self.update_g, &self.update_d] {
+                updater.end();
+            }
+            made?;
         }
-        torch::copy_async(numbers, &Tensor::stack(&rows, 0).view_as(numbers))
+        Ok(())
     }
 
-    /// The loss and the logits on the right side, f64, of a phase whose gradients are complete after it.
-    fn pass(&mut self, batch: &Batch, phase: Phase) -> Result<(Tensor, Tensor), TorchError> {
-        self.lanes.prepare(batch, &self.state, [&self.update_g, &self.update_d])?;
+    fn iterate_phase(&mut self, ahead: &Ahead, phase: Phase) -> Result<(), PhaseError> {
+        let Ahead { batch, guard, is_sticky, numbers, .. } = ahead;
+        let count = self.lanes.prepare(batch, &self.state, [&self.update_g, &self.update_d])?;
+        self.updater(phase).begin(count);
         let results = self.lanes.run_whole(phase, batch)?;
         let right = results.right.unwrap_or_else(|| results.loss.zeros_like().to_kind(Kind::Double));
-        Ok((results.loss, right))
+        let own = Tensor::stack(&[results.loss.to_kind(Kind::Double), right], 0);
+        // In the order of `Dcgan::phase`, and so with the bits of its sums.
+        let sums = Tensor::cat(&[own, ahead.votes.narrow(0, 0, 3)], 0);
+        self.exchange.sum_tensor(&sums)?;
+        let (state, first) = (&self.state, self.lanes.first());
+        let (updater, network, first): (_, &dyn Network, &dyn Network) = match phase {
+            Phase::D => (&self.update_d, &state.discriminator, &first.discriminator),
+            Phase::G1 | Phase::G2 => (&self.update_g, &state.generator, &first.generator),
+        };
+        let gradients = updater.gradients(first)?;
+        self.vouch(ahead, phase)?;
+        let vouch = ahead.vouch.as_ref().map(|(vouch, _)| vouch);
+        torch::guard(&gradients.tensors(), &sums.get(0), vouch, guard, *is_sticky)?;
+        updater.optimizer().step(&network.tensors(), &gradients.tensors(), Some(&guard.found))?;
+        updater.recycle(gradients);
+        let (g_norms, d_norms) = self.lanes.norms();
+        g_norms.commit(&self.state.generator, Some(&guard.found))?;
+        d_norms.commit(&self.state.discriminator, Some(&guard.found))?;
+        self.clear(phase)?;
+        let verdict = [&guard.found, &guard.frozen, &guard.index].map(|scalar| scalar.to_kind(Kind::Double));
+        let row = Tensor::cat(&[sums, Tensor::stack(&verdict, 0)], 0);
+        torch::copy_async(&numbers.get(i64::from(phase.index())), &row)?;
+        Ok(())
+    }
+
+    /// The phase's last sum, where the group sums on devices: says whether the others may be believed.
+    fn vouch(&self, ahead: &Ahead, phase: Phase) -> Result<(), PhaseError> {
+        let Some((vouch, _)) = &ahead.vouch else { return Ok(()) };
+        vouch.sign(&Stamp {
+            number: &ahead.votes.get(3),
+            phases: Phase::ALL.len() as u32,
+            phase: phase.index(),
+            ranks: self.exchange.collective().world(),
+        })?;
+        Ok(self.exchange.sum_tensor(&vouch.pair.narrow(0, 0, 1))?)
     }
 }
+
+#[cfg(test)]
+mod tests;

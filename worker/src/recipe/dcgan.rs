@@ -16,6 +16,7 @@ use super::ahead::Ahead;
 use super::lanes::{LaneForm, Lanes};
 use super::phase::{Phase, PhaseError, PhaseSums};
 use super::update::Updater;
+use crate::collective::DeviceCollective;
 use crate::model::{Arithmetic, Discriminator, Generator, Network, Weights};
 use crate::torch::{self, TorchError};
 use crate::trainer::{Adam, Exchange};
@@ -72,6 +73,11 @@ pub struct Dcgan {
     pub(super) lanes: Lanes,
     /// What [`Dcgan::enqueue`] keeps from step to step.
     pub(super) ahead: Option<Ahead>,
+    pub(super) exchange: Arc<Exchange>,
+    /// Slots of the newest step that was recorded: cuDNN knows its shapes.
+    pub(super) warm_slots: i64,
+    /// Whole steps are recorded where that is possible.
+    pub(super) records: bool,
     image_size: i64,
     on_nan: OnNan,
 }
@@ -98,6 +104,9 @@ impl Dcgan {
             update_d: Updater::new(config, exchange, &state.discriminator),
             lanes: Lanes::new(config, exchange, form),
             ahead: None,
+            exchange: Arc::clone(exchange),
+            warm_slots: 0,
+            records: true,
             image_size: i64::from(config.recipe.image_size()),
             on_nan: config.on_nan,
             state,
@@ -135,6 +144,12 @@ impl Dcgan {
     #[must_use]
     pub fn optimizers(&self) -> [&Adam; 2] {
         [self.update_g.optimizer(), self.update_d.optimizer()]
+    }
+
+    /// Lets whole steps run kernel by kernel from the next group on, to compare.
+    pub fn without_recording(&mut self) {
+        self.forget();
+        self.records = false;
     }
 
     /// Drops what was made in the group that is over, captured graphs too. To be called by every worker when it
@@ -188,7 +203,10 @@ impl Dcgan {
         let count = self.lanes.prepare(batch, &self.state, [&self.update_g, &self.update_d])?;
         self.updater(phase).begin(count);
         let shares = self.lanes.run(phase, batch)?;
-        // While the last gradients are under way.
+        // Sums on devices are waited for before the last exchange of the phase: that all take part in it says that nobody's
+        // group had ended before their sums were whole.
+        self.exchange.wait(|collective| collective.on_device().map_or(Ok(()), DeviceCollective::settle))?;
+        // Else while the last gradients are under way.
         let sums = self.lanes.sum(&shares, votes)?;
         votes.copy_from_slice(&sums[2..]);
         let (state, first) = (&self.state, self.lanes.first());
@@ -208,7 +226,7 @@ impl Dcgan {
     }
 
     /// The updater of the network that `phase` updates.
-    fn updater(&self, phase: Phase) -> &Updater {
+    pub(super) fn updater(&self, phase: Phase) -> &Updater {
         match phase {
             Phase::D => &self.update_d,
             Phase::G1 | Phase::G2 => &self.update_g,

@@ -113,10 +113,7 @@ impl Lanes {
         // What ended an earlier phase says nothing of this one.
         drop(self.exchange.take_error());
         match (self.slots_per_lane, self.form) {
-            (None, _) => {
-                let results = self.run_whole(phase, batch);
-                Ok(vec![results.map_err(|error| cause(&self.exchange, error))?.read()])
-            }
+            (None, _) => Ok(vec![self.run_whole(phase, batch)?.read()]),
             (Some(per_lane), LaneForm::Apart) => self.run_apart(phase, batch, per_lane),
             (Some(per_lane), LaneForm::Together) => self.run_together(phase, batch, per_lane),
         }
@@ -125,10 +122,13 @@ impl Lanes {
     /// Forward and backward of `phase` of a worker that is one lane, without waiting for the numbers.
     ///
     /// # Errors
-    /// libtorch's; the passes are then unusable.
-    pub(super) fn run_whole(&mut self, phase: Phase, batch: &Batch) -> Result<Results, TorchError> {
+    /// libtorch's or the exchange's; the passes are then unusable.
+    pub(super) fn run_whole(&mut self, phase: Phase, batch: &Batch) -> Result<Results, PhaseError> {
+        // What ended an earlier phase says nothing of this one.
+        drop(self.exchange.take_error());
         let graph = self.graphs.first_mut().expect("lanes are prepared before they run");
-        Ok(graph.run(phase, std::slice::from_ref(batch), &self.setting)?.swap_remove(0))
+        let results = graph.run(phase, std::slice::from_ref(batch), &self.setting);
+        Ok(results.map_err(|error| cause(&self.exchange, error))?.swap_remove(0))
     }
 
     /// `shares` of all lanes summed over all workers, then `votes` of all workers.

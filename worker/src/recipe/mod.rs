@@ -8,7 +8,7 @@ mod phase;
 mod room;
 mod update;
 
-pub use ahead::{Images, Outcome, StepInput, Ticket};
+pub use ahead::{Images, Outcome, Settled, StepInput, Ticket, Votes};
 pub use dcgan::{Batch, Dcgan, DcganState};
 pub use lanes::LaneForm;
 pub use phase::{Phase, PhaseError, PhaseSums};

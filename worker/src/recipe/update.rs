@@ -6,9 +6,10 @@ use takuma_core::config::RunConfig;
 use tch::Tensor;
 
 use super::phase::{Phase, PhaseError};
+use crate::collective::CollectiveError;
 use crate::model::Network;
 use crate::torch::{self, TorchError};
-use crate::trainer::{Adam, Exchange, GradientBuckets, SumOrder};
+use crate::trainer::{Adam, Exchange, GradientBuckets, SumOrder, SummedGradients};
 
 /// Applies summed gradients to one network: its optimizer and its gradients' exchange.
 pub struct Updater {
@@ -44,8 +45,8 @@ impl Updater {
         self.buckets.begin(lanes);
     }
 
-    /// Waits for the sums of the backward pass that just ended, checks them and `loss`, and updates
-    /// `network`. `first` is the first lane's.
+    /// Waits for the sums of the backward pass that just ended (sums on devices have been waited for), checks them and
+    /// `loss`, and updates `network`. `first` is the first lane's.
     ///
     /// # Errors
     /// The network is then unchanged.
@@ -56,12 +57,26 @@ impl Updater {
         network: &dyn Network,
         first: &dyn Network,
     ) -> Result<(), PhaseError> {
-        let gradients = self.buckets.finish(&first.tensors())?;
+        let gradients = self.gradients(first)?;
         // All workers hold the same sums, so all of them decide alike without another exchange.
         check_finite(phase, loss, network, &gradients.tensors())?;
         self.optimizer.step(&network.tensors(), &gradients.tensors(), None)?;
-        self.buckets.recycle(gradients);
+        self.recycle(gradients);
         Ok(())
+    }
+
+    /// The sums of the backward pass that just ended, in the order of the parameters. `first` is the first lane's
+    /// network. In a group that sums on devices they are enqueued only.
+    ///
+    /// # Errors
+    /// The first exchange that failed.
+    pub fn gradients(&self, first: &dyn Network) -> Result<SummedGradients, CollectiveError> {
+        self.buckets.finish(&first.tensors())
+    }
+
+    /// Takes the buffers of gradients back for the next pass.
+    pub fn recycle(&self, gradients: SummedGradients) {
+        self.buckets.recycle(gradients);
     }
 
     /// Forgets the backward pass, applied or failed half-way.

@@ -51,10 +51,20 @@ unsafe extern "C" {
     pub fn takuma_set_gradient_hook(parameter: RawTensor, index: usize, sink: GradientSink) -> *mut c_char;
     pub fn takuma_clear_gradients(params: *const RawTensor, n: usize) -> *mut c_char;
     pub fn takuma_first_not_finite(tensors: *const RawTensor, n: usize, found: *mut usize) -> *mut c_char;
+    pub fn takuma_vouch(
+        ended: *const u32,
+        stamp: RawTensor,
+        phases: f64,
+        phase: f64,
+        ranks: f64,
+        pair: RawTensor,
+    ) -> *mut c_char;
     pub fn takuma_guard(
         gradients: *const RawTensor,
         n: usize,
         loss: RawTensor,
+        ended: *const u32,
+        pair: RawTensor,
         frozen: RawTensor,
         sticky: i32,
         found: RawTensor,
@@ -108,7 +118,12 @@ unsafe extern "C" {
     pub fn takuma_cuda_event_record(event: *mut c_void) -> *mut c_char;
     pub fn takuma_cuda_event_query(event: *mut c_void, reached: *mut i32) -> *mut c_char;
     pub fn takuma_cuda_event_free(event: *mut c_void);
-    pub fn takuma_cuda_graph_begin(graph: *mut *mut c_void) -> *mut c_char;
+    pub fn takuma_cuda_graph_begin(
+        former: *mut c_void,
+        across_threads: i32,
+        graph: *mut *mut c_void,
+    ) -> *mut c_char;
+    pub fn takuma_cuda_graph_is_empty(graph: *mut c_void, empty: *mut i32) -> *mut c_char;
     pub fn takuma_cuda_graph_end(graph: *mut c_void) -> *mut c_char;
     pub fn takuma_cuda_graph_replay(graph: *mut c_void) -> *mut c_char;
     pub fn takuma_cuda_graph_free(graph: *mut c_void);

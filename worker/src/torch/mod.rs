@@ -14,7 +14,10 @@ pub use norm::{
     BatchNormOptions, DeviceSumReducer, NormLane, RunningStatistics, SumReducer, batch_norm,
     batch_norm_lanes, commit_statistics,
 };
-pub use update::{AdamOptions, AdamTensors, Guard, first_not_finite, fused_adam, guard};
+pub use update::{
+    AdamOptions, AdamTensors, FROZEN_ENDED, FROZEN_NOT_FINITE, Guard, Stamp, Vouch, first_not_finite,
+    fused_adam, guard,
+};
 
 mod autograd;
 pub mod cuda;

@@ -24,7 +24,7 @@ pub fn first_not_finite(tensors: &[&Tensor]) -> Result<Option<usize>, TorchError
 pub struct Guard {
     /// f32: 1 if the update must not be applied, else 0.
     pub found: Tensor,
-    /// f32: 1 once an update was refused and nobody has reset it; all later ones are then refused too.
+    /// f32: 0, or why every update is refused from now on: [`FROZEN_NOT_FINITE`] or [`FROZEN_ENDED`].
     pub frozen: Tensor,
     /// i64: the first gradient that was infinite or not a number, or their count.
     pub index: Tensor,
@@ -42,9 +42,69 @@ impl Guard {
     }
 }
 
-/// Judges an update on the device: `guard.found` becomes 1 if `loss` or any gradient is infinite or not a
+/// In [`Guard::frozen`]: an update was not finite, and the run does not skip such updates.
+pub const FROZEN_NOT_FINITE: f64 = 1.0;
+/// In [`Guard::frozen`]: a group ended, so its sums mean nothing.
+pub const FROZEN_ENDED: f64 = 2.0;
+
+/// How the ranks of a group tell each other on their devices that the sums of a phase are whole. Each adds a stamp
+/// that no earlier sum had, or 0 once its group has ended; so the stamps' sum is right only if nobody's group had
+/// ended before that rank came to its stamp, after all other sums of the phase.
+#[derive(Debug)]
+pub struct Vouch {
+    /// f64 `[2]`: this rank's stamp, to be summed over the ranks; what the sum must be.
+    pub pair: Tensor,
+    /// Not 0 once the group has ended.
+    ended: *const u32,
+}
+
+// SAFETY: the word may be read from any thread, as its maker promised.
+unsafe impl Send for Vouch {}
+
+/// What a stamp is made of: `number * phases + phase`, another for each phase of a group.
+#[derive(Debug, Clone, Copy)]
+pub struct Stamp<'a> {
+    /// f64 scalar on the device: the step.
+    pub number: &'a Tensor,
+    /// Phases of a step.
+    pub phases: u32,
+    /// Which of them.
+    pub phase: u32,
+    /// Ranks of the group.
+    pub ranks: u32,
+}
+
+impl Vouch {
+    /// For the group whose end `ended` tells.
+    ///
+    /// # Safety
+    /// `ended` can be read by `device` and by the host until the device has done all work that it was given with this.
+    #[must_use]
+    pub unsafe fn new(device: Device, ended: *const u32) -> Self {
+        Self { pair: Tensor::zeros([2], (Kind::Double, device)), ended }
+    }
+
+    /// Writes this rank's stamp, or 0 if the group has ended by then. Enqueued only, on a GPU. `pair[0]` is to be
+    /// summed over the ranks next, as the last sum before [`guard`].
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub fn sign(&self, stamp: &Stamp<'_>) -> Result<(), TorchError> {
+        let [phases, phase, ranks] = [stamp.phases, stamp.phase, stamp.ranks].map(f64::from);
+        // SAFETY: tensors, borrowed for the call; the word as `new` demands.
+        unsafe {
+            check(
+                "vouch",
+                ffi::takuma_vouch(self.ended, raw(stamp.number), phases, phase, ranks, raw(&self.pair)),
+            )
+        }
+    }
+}
+
+/// Judges an update on the device. With `vouch`, `guard.frozen` becomes [`FROZEN_ENDED`] if the group has ended or the
+/// ranks' stamps do not make their sum. Then `guard.found` becomes 1 if `loss` or any gradient is infinite or not a
 /// number, or if `guard.frozen` is set, else 0; `guard.index` becomes the first such gradient's index, or
-/// their count if it is the loss or `frozen` alone. If `sticky`, `guard.frozen` then becomes `guard.found`.
+/// their count if it is the loss or `frozen` alone. If `sticky`, an update that is found so sets `guard.frozen`.
 /// Enqueued only, on a GPU.
 ///
 /// # Shapes
@@ -52,8 +112,18 @@ impl Guard {
 ///
 /// # Errors
 /// Other tensors.
-pub fn guard(gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky: bool) -> Result<(), TorchError> {
+pub fn guard(
+    gradients: &[&Tensor],
+    loss: &Tensor,
+    vouch: Option<&Vouch>,
+    guard: &Guard,
+    sticky: bool,
+) -> Result<(), TorchError> {
     let gradients = pointers(gradients);
+    let (ended, pair) = match vouch {
+        Some(vouch) => (vouch.ended, raw(&vouch.pair)),
+        None => (std::ptr::null(), std::ptr::null_mut()),
+    };
     // SAFETY: tensors, borrowed for the call.
     unsafe {
         check(
@@ -62,6 +132,8 @@ pub fn guard(gradients: &[&Tensor], loss: &Tensor, guard: &Guard, sticky: bool) 
                 gradients.as_ptr(),
                 gradients.len(),
                 raw(loss),
+                ended,
+                pair,
                 raw(&guard.frozen),
                 i32::from(sticky),
                 raw(&guard.found),

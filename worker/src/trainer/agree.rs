@@ -38,6 +38,8 @@ pub struct Agreement {
     pub source: Rank,
     /// Members that received it.
     pub restored: u32,
+    /// All members can hand over whole steps.
+    pub all_run_ahead: bool,
 }
 
 /// Why members cannot have one state.
@@ -83,19 +85,24 @@ struct Head {
     parts: [u64; 3],
 }
 
-/// Bytes of a member's place: has state, step, phase. Its device's model follows.
+/// Bytes of a member's place: flags, step, phase. Its device's model follows.
 const PLACE_BYTES: usize = 17;
+/// In a place's flags: the member has state; it can hand over whole steps.
+const HAS_STATE: u8 = 1;
+const RUNS_AHEAD: u8 = 2;
 
 /// Finds the furthest member and gives its state to those who lack it.
 ///
-/// `own` is `None` where the member has no state yet. `model` is what must be the same on all members: of their devices,
-/// in exact mode, else empty. `unkept` are this member's metrics that are not stored;
+/// `runs_ahead`: this member can hand over whole steps. `own` is `None` where the member has no state yet. `model` is
+/// what must be the same on all members: of their devices, in exact mode, else empty. `unkept` are this member's metrics
+/// that are not stored;
 /// a receiver's are replaced by the source's through `take_reports`.
 ///
 /// # Errors
 /// The group broke, nobody has state, a state does not fit, or this member is of another model than the state's.
 pub fn agree(
     collective: &Arc<dyn Collective>,
+    runs_ahead: bool,
     net: &mut Dcgan,
     own: &mut Option<Progressed>,
     model: &str,
@@ -103,13 +110,17 @@ pub fn agree(
     take_reports: impl FnOnce(Vec<StepReport>),
 ) -> Result<Agreement, AgreeError> {
     let mut place = vec![0u8; PLACE_BYTES];
+    if runs_ahead {
+        place[0] |= RUNS_AHEAD;
+    }
     if let Some(own) = own {
-        place[0] = 1;
+        place[0] |= HAS_STATE;
         place[1..9].copy_from_slice(&own.step.to_le_bytes());
         place[9..].copy_from_slice(&(own.phase() as u64).to_le_bytes());
     }
     place.extend_from_slice(model.as_bytes());
     let told = collective.all_gather(&place)?;
+    let all_run_ahead = told.iter().all(|place| flags(place) & RUNS_AHEAD != 0);
     let places: Vec<(bool, u64, u64)> = told.iter().map(|place| read(place)).collect();
     let furthest = *places.iter().max().ok_or(AgreeError::Nobody)?;
     if !furthest.0 {
@@ -123,7 +134,7 @@ pub fn agree(
     }
     let restored = places.iter().filter(|&&place| place != furthest).count() as u32;
     let received = places.get(collective.rank().0 as usize) != Some(&furthest);
-    let agreement = Agreement { source: Rank(source), restored };
+    let agreement = Agreement { source: Rank(source), restored, all_run_ahead };
     if restored == 0 {
         return Ok(agreement);
     }
@@ -141,13 +152,18 @@ pub fn agree(
     Ok(agreement)
 }
 
+fn flags(place: &[u8]) -> u8 {
+    place.first().copied().unwrap_or(0)
+}
+
+/// Has state, step, phase.
 fn read(place: &[u8]) -> (bool, u64, u64) {
     let number = |at: usize| {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(place.get(at..at + 8).unwrap_or(&[0; 8]));
         u64::from_le_bytes(bytes)
     };
-    (place.first() == Some(&1), number(1), number(9))
+    (flags(place) & HAS_STATE != 0, number(1), number(9))
 }
 
 fn pack(net: &Dcgan, own: &Progressed, reports: Vec<StepReport>) -> Result<Vec<u8>, AgreeError> {
@@ -227,7 +243,7 @@ mod tests {
             let state = DcganState::new(config.recipe, config.seed, Kind::Float);
             let mut net = Dcgan::new(&config, state, &Exchange::new());
             let mut own = Some(Progressed { step: 3, ..Progressed::default() });
-            let agreed = agree(&collective, &mut net, &mut own, model, Vec::new, drop);
+            let agreed = agree(&collective, false, &mut net, &mut own, model, Vec::new, drop);
             // Nobody closes the ring while others are at it.
             drop(collective.barrier());
             agreed

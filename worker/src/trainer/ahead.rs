@@ -1,14 +1,22 @@
-//! Training of a worker that is alone on a GPU: whole steps under way, their numbers taken in behind them.
+//! Training by whole steps: they are handed to the device, and their numbers taken in behind them.
+//!
+//! All members of a group hand over the same steps, since the devices sum with each other in the order in which they
+//! are given their work. So whatever ends or interrupts that is decided by what all know alike: the run's
+//! configuration, and the sums of the votes. Step k is handed over before the numbers of step k - 1 are looked at, so a
+//! vote that is won in step s takes effect after step s + 1, which everybody has handed over by then.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use takuma_proto::v1::run_ended;
+use tch::Device;
 
 use super::messages::{Command, JobError};
+use super::picture::Picture;
 use super::thread::{End, Trainer};
-use crate::recipe::{Outcome, Phase, Ticket};
+use crate::collective::{Collective, CollectiveError};
+use crate::recipe::{Outcome, Phase, PhaseError, Settled, Ticket, Votes};
 use crate::supervise;
 
 /// Steps under way at the same time: the device has its next step before the host has read the numbers of the
@@ -18,21 +26,46 @@ const STEPS_AHEAD: usize = 2;
 /// A step under way.
 struct Pending {
     step: u64,
-    fed: u64,
     begun: Instant,
     data_s: f64,
+    /// The generation that this worker said it was ready for.
+    ready_for: u64,
     ticket: Ticket,
+    /// What was copied behind it; none if it could not be handed over to its end.
+    picture: Option<Picture>,
+}
+
+/// Steps that are handed over in one go.
+struct Flight {
+    pending: VecDeque<Pending>,
+    next: u64,
+    /// The first vote that was won, and the first step that is not handed over because of it.
+    won: Option<(Votes, u64)>,
+    /// A step could not be handed over to its end, so none behind it can be.
+    is_cut_off: bool,
+    /// Why this ends.
+    failed: Option<JobError>,
 }
 
 impl Trainer {
-    /// Whether `step` can be handed to the device whole.
+    /// Whether this worker could hand over whole steps in the group of `collective`; all members must.
+    pub(super) fn can_run_ahead(&self, collective: &dyn Collective) -> bool {
+        let sums_in_order = match self.parts.device {
+            // What a GPU's stream waits for must be in that stream.
+            Device::Cuda(_) => collective.world() == 1 || collective.on_device().is_some(),
+            _ => true,
+        };
+        self.runs_ahead && sums_in_order && !self.parts.config.exact && !self.faults.are_inside_steps()
+    }
+
+    /// Whether `step` can be handed to the device whole: the same on all members.
     pub(super) fn may_run_ahead(&self, step: u64) -> bool {
-        self.runs_ahead
-            && self.exchange.is_alone()
-            && !self.parts.config.exact
-            && self.position() == (step, 0)
-            && !self.parts.passed_over.contains(&(step + 1))
-            && !self.faults.are_between_phases()
+        self.all_run_ahead && self.position() == (step, 0) && !self.is_passed_over(step)
+    }
+
+    /// Whether step index `step` makes no update.
+    fn is_passed_over(&self, step: u64) -> bool {
+        self.parts.passed_over.contains(&(step + 1))
     }
 
     /// Trains whole steps until something else is to be done, and leaves none under way.
@@ -40,75 +73,158 @@ impl Trainer {
     /// # Errors
     /// As a step's.
     pub(super) fn train_ahead(&mut self, commands: &Receiver<Command>) -> Result<Option<End>, JobError> {
-        let mut pending = VecDeque::new();
-        let first = self.position().0;
-        let mut next = first;
+        let next = self.position().0;
+        let mut flight =
+            Flight { pending: VecDeque::new(), next, won: None, is_cut_off: false, failed: None };
+        tracing::info!(
+            "whole steps are handed over from step {} on, in a group of {}",
+            next + 1,
+            self.exchange.collective().world()
+        );
         loop {
             self.listen(commands);
-            // Nothing is exchanged here, so only this tells that the group was ended from outside.
-            let over = self.exchange.collective().barrier().err();
-            let is_wanted = self.now.is_none() && self.ready_for() == 0 && next < self.parts.target_steps;
-            let stops = self.parts.progress.stop_requested();
-            let goes_on =
-                is_wanted && !stops && over.is_none() && !self.parts.passed_over.contains(&(next + 1));
-            if goes_on && (pending.is_empty() || !self.is_boundary(next)) {
-                if next == first {
-                    tracing::info!("alone, so whole steps are handed over from step {} on", first + 1);
-                }
+            // Nothing is exchanged by a worker that is alone, so only this tells that its group was ended from outside.
+            if self.exchange.is_alone()
+                && let Err(error) = self.exchange.collective().barrier()
+            {
+                flight.failed.get_or_insert(error.into());
+            }
+            if self.goes_on(&flight) {
                 self.parts.spool.pace();
-                pending.push_back(self.hand_over(next)?);
-                next += 1;
-            }
-            let is_full = pending.len() == STEPS_AHEAD || !goes_on || self.is_boundary(next);
-            if is_full && let Some(oldest) = pending.pop_front() {
-                self.take_in_step(oldest)?;
-            }
-            if pending.is_empty() && !goes_on {
-                if let Some(error) = over {
-                    return Err(error.into());
+                match self.hand_over(flight.next) {
+                    Ok(pending) => {
+                        flight.is_cut_off = pending.ticket.has_failed();
+                        flight.pending.push_back(pending);
+                        flight.next += 1;
+                    }
+                    Err(error) => flight.failed = Some(error),
                 }
-                let ended = stops && next < self.parts.target_steps;
-                return Ok(ended.then_some(End::Done(run_ended::Outcome::Stopped)));
+                continue;
+            }
+            let Some(oldest) = flight.pending.pop_front() else { return self.land(flight) };
+            if let Err(error) = self.take_in_step(oldest, &mut flight.won) {
+                // Nothing behind it was applied. It is waited for all the same: it has the step's memory.
+                for behind in flight.pending {
+                    drop(self.settled(behind.ticket));
+                }
+                return Err(error);
             }
         }
     }
 
-    /// Whether something is to be done with the state after `steps` finished steps, before the next one.
-    fn is_boundary(&self, steps: u64) -> bool {
-        let config = &self.parts.config;
-        self.is_checkpoint_missed(steps)
-            || steps.is_multiple_of(config.sample_every)
-            || steps.is_multiple_of(config.checkpoint_every)
+    /// Whether the next step is to be handed over, as soon as there is room for it.
+    fn goes_on(&self, flight: &Flight) -> bool {
+        let Flight { pending, next, won, is_cut_off, failed } = flight;
+        // Whoever is told of a newer group leaves this one, which ends it for all.
+        self.now.is_none()
+            && failed.is_none()
+            && !is_cut_off
+            && pending.len() < STEPS_AHEAD
+            && *next < self.parts.target_steps
+            && won.is_none_or(|(_, first_not)| *next < first_not)
+            && !self.is_passed_over(*next)
+    }
+
+    /// What follows when no step is under way any more.
+    fn land(&mut self, flight: Flight) -> Result<Option<End>, JobError> {
+        if let Some(error) = flight.failed {
+            return Err(error);
+        }
+        // A vote whose last step cannot be handed over is cast again in that step.
+        let Some((votes, _)) = flight.won.filter(|&(_, first_not)| flight.next == first_not) else {
+            return Ok(None);
+        };
+        if flight.next >= self.parts.target_steps {
+            return Ok(None);
+        }
+        if votes.stop > 0.0 {
+            return Ok(Some(End::Done(run_ended::Outcome::Stopped)));
+        }
+        Ok(self.change(votes.ready_for))
     }
 
     fn hand_over(&mut self, step: u64) -> Result<Pending, JobError> {
         let begun = Instant::now();
         self.parts.progress.enter("step");
-        let (mut input, fed) = self.parts.feed.input(step)?;
+        let (mut input, _) = self.parts.feed.input(step)?;
         if self.faults.strike(step, Phase::D) {
             input = self.parts.feed.spoilt(input);
         }
+        let ready_for = self.ready_for();
+        input.votes.stop = f64::from(u8::from(self.parts.progress.stop_requested()));
+        input.votes.ready_for = ready_for as f64;
         let data_s = begun.elapsed().as_secs_f64();
         let ticket = self.net.enqueue(input)?;
-        Ok(Pending { step, fed, begun, data_s, ticket })
+        let picture = if ticket.has_failed() { None } else { Some(self.take_picture(step + 1)?) };
+        Ok(Pending { step, begun, data_s, ready_for, ticket, picture })
     }
 
-    /// Waits for a step and does what follows it.
-    fn take_in_step(&mut self, pending: Pending) -> Result<(), JobError> {
-        let Pending { step, fed, begun, data_s, ticket } = pending;
-        let Some(outcomes) = self.net.settle(ticket)? else {
-            supervise::last_resort("the GPU does not come to the end of a step");
+    /// Waits for a step and does what follows it, as far as it was made.
+    fn take_in_step(&mut self, pending: Pending, won: &mut Option<(Votes, u64)>) -> Result<(), JobError> {
+        let Pending { step, begun, data_s, ready_for, ticket, picture } = pending;
+        let settled = self.settled(ticket)?;
+        let votes = settled.votes;
+        self.take_down(step, settled)?;
+        // Steps overlap: one has taken what has passed since the one before was there.
+        let since = self.settled_at.replace(Instant::now()).map_or(begun, |settled| settled.max(begun));
+        self.finish_step(step, [since.elapsed().as_secs_f64(), data_s], votes.fed as u64)?;
+        if let Some(picture) = picture {
+            self.hand_out(picture)?;
+        }
+        let world = f64::from(self.exchange.collective().world());
+        let is_change = ready_for > 0 && votes.ready_for == ready_for as f64 * world;
+        if votes.stop > 0.0 || is_change {
+            won.get_or_insert((votes, step + STEPS_AHEAD as u64));
+        }
+        Ok(())
+    }
+
+    fn settled(&self, ticket: Ticket) -> Result<Settled, JobError> {
+        let Some(settled) = self.net.settle(ticket)? else {
+            supervise::last_resort("the GPU does not come to the end of a step")
         };
-        for (phase, outcome) in Phase::ALL.into_iter().zip(outcomes) {
+        Ok(settled)
+    }
+
+    /// Takes down what became of a step's phases.
+    ///
+    /// # Errors
+    /// Why the step was not made to its end; its phases before that are taken down.
+    fn take_down(&mut self, step: u64, settled: Settled) -> Result<(), JobError> {
+        for (phase, outcome) in Phase::ALL.into_iter().zip(settled.outcomes) {
             let made = match outcome {
                 Outcome::Applied(sums) => Ok(sums),
                 Outcome::NotFinite(what) => Err(what),
                 Outcome::Frozen => unreachable!("the update that froze the others has ended the training"),
+                Outcome::Ended => return Err(self.why_ended(settled.failed)),
             };
             self.made(step, phase, made)?;
         }
-        // Steps overlap: one has taken what has passed since the one before was there.
-        let since = self.settled_at.replace(Instant::now()).map_or(begun, |settled| settled.max(begun));
-        self.finish_step(step, [since.elapsed().as_secs_f64(), data_s], fed)
+        settled.failed.map_or(Ok(()), |error| Err(error_of(error)))
+    }
+
+    /// Why a group's sums were not whole.
+    fn why_ended(&self, failed: Option<PhaseError>) -> JobError {
+        if let Some(error) = failed {
+            return error_of(error);
+        }
+        // This worker's device may have heard of it from another's before its ring has; that says it, soon.
+        match self.exchange.collective().barrier() {
+            Err(error) => error.into(),
+            Ok(()) => CollectiveError::Aborted {
+                operation: "a step on the GPU".to_owned(),
+                reason: "a member's GPU says that the group has ended, and its ring has not; the group is formed again"
+                    .to_owned(),
+            }
+            .into(),
+        }
+    }
+}
+
+fn error_of(error: PhaseError) -> JobError {
+    match error {
+        PhaseError::Exchange(error) => error.into(),
+        PhaseError::Torch(error) => error.into(),
+        PhaseError::NotFinite { .. } => unreachable!("a step that is handed over looks at no number"),
     }
 }

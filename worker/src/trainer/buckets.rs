@@ -154,9 +154,9 @@ impl GradientBuckets {
             return;
         }
         assert_eq!(sink.kind, Kind::Float, "gradients are exchanged as f32");
-        if sink.order == SumOrder::Workers && sink.device.is_cuda() && collective.on_device().is_some() {
+        if sink.order == SumOrder::Workers && collective.on_device().is_some() {
             let buckets = sink.on_device.get_or_init(|| DeviceBuckets::new(&sink.lengths, sink.device));
-            return buckets.begin(collective, &sink.places);
+            return buckets.begin(&sink.exchange, collective, &sink.places);
         }
         // Without buffers to fill, the backward pass fails.
         let is_ready = sink.staging.as_ref().is_none_or(|staging| match staging.begin(lanes) {
@@ -180,15 +180,14 @@ impl GradientBuckets {
         *lock(&sink.pass) = Some(pass);
     }
 
-    /// Waits for the sums of the backward pass that just ended. If gradients need no exchange, they are
-    /// those of `params`, the only lane's parameters.
+    /// The sums of the backward pass that just ended: waited for, or, in a group that sums on devices, enqueued. If
+    /// gradients need no exchange, they are those of `params`, the only lane's parameters.
     ///
     /// # Errors
     /// The first exchange that failed.
     pub fn finish(&self, params: &[&Tensor]) -> Result<SummedGradients, CollectiveError> {
         let sink = &self.sink;
-        let on_device = || sink.on_device.get().and_then(|buckets| buckets.finish(&sink.places));
-        if let Some(tensors) = sink.exchange.wait(|_| on_device().transpose())? {
+        if let Some(tensors) = sink.on_device.get().and_then(|buckets| buckets.finish(&sink.places)) {
             return Ok(SummedGradients { tensors, buckets: Vec::new() });
         }
         sink.start_rest()?;

@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::buckets::Place;
+use super::exchange::{Exchange, stream_of};
 use crate::collective::{Collective, CollectiveError, DeviceKind, DeviceValues};
-use crate::torch::{TorchError, cuda};
+use crate::torch::TorchError;
 
 /// One network's buckets on a GPU.
 #[derive(Debug)]
@@ -27,6 +28,7 @@ struct Inner {
 /// A backward pass.
 #[derive(Debug)]
 struct Pass {
+    exchange: Arc<Exchange>,
     collective: Arc<dyn Collective>,
     /// By bucket: gradients that it still waits for.
     missing: Vec<usize>,
@@ -57,14 +59,14 @@ impl DeviceBuckets {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gets ready for a backward pass in the group of `collective`, which sums on devices.
-    pub(super) fn begin(&self, collective: Arc<dyn Collective>, places: &[Place]) {
+    /// Gets ready for a backward pass in the group of the moment, whose `collective` sums on devices.
+    pub(super) fn begin(&self, exchange: &Arc<Exchange>, collective: Arc<dyn Collective>, places: &[Place]) {
         let mut inner = self.lock();
         let mut missing = vec![0; inner.memory.len()];
         for place in places {
             missing[place.bucket] += 1;
         }
-        inner.pass = Some(Pass { collective, missing, started: 0 });
+        inner.pass = Some(Pass { exchange: Arc::clone(exchange), collective, missing, started: 0 });
     }
 
     /// Puts a gradient into its bucket and starts what is full by that. Called where the gradient was made: on its
@@ -77,11 +79,7 @@ impl DeviceBuckets {
         }
         pass.missing[place.bucket] -= 1;
         while pass.missing.get(pass.started) == Some(&0) {
-            let stream = match cuda::stream() {
-                Ok(stream) => stream,
-                Err(error) => return Given::Torch(error),
-            };
-            if let Err(error) = pass.start(&memory[pass.started], stream) {
+            if let Err(error) = pass.start(&memory[pass.started]) {
                 return Given::Exchange(error);
             }
             pass.started += 1;
@@ -89,16 +87,13 @@ impl DeviceBuckets {
         Given::Taken
     }
 
-    /// Waits for the sums of the pass, if one is under way on the device: by parameter.
-    ///
-    /// # Errors
-    /// What ended the group.
-    pub(super) fn finish(&self, places: &[Place]) -> Option<Result<Vec<Tensor>, CollectiveError>> {
+    /// The sums of the pass, if one is under way on the device, by parameter. They are there when the stream has come to
+    /// this place, and mean something only if the group has not ended by then.
+    pub(super) fn finish(&self, places: &[Place]) -> Option<Vec<Tensor>> {
         let Inner { memory, pass } = &mut *self.lock();
         let pass = pass.take()?;
         assert_eq!(pass.started, memory.len(), "backward reached every parameter");
-        let settled = pass.collective.on_device().map_or(Ok(()), |device| device.settle());
-        Some(settled.map(|()| places.iter().map(|place| view(memory, place)).collect()))
+        Some(places.iter().map(|place| view(memory, place)).collect())
     }
 
     /// Forgets the pass. Sums that are under way end before their group does.
@@ -117,14 +112,15 @@ fn view(memory: &[Tensor], place: &Place) -> Tensor {
 }
 
 impl Pass {
-    fn start(&self, bucket: &Tensor, stream: *mut std::ffi::c_void) -> Result<(), CollectiveError> {
+    fn start(&self, bucket: &Tensor) -> Result<(), CollectiveError> {
         let Some(device) = self.collective.on_device() else {
             unreachable!("a pass on the device begins in a group that sums there")
         };
         let values = DeviceValues { ptr: bucket.data_ptr(), len: bucket.numel(), kind: DeviceKind::F32 };
-        // SAFETY: the bucket is dense f32 on this thread's device and lives as long as the buckets do, which
-        // settle the pass before they are dropped or filled again.
-        unsafe { device.all_reduce_on_device(values, stream) }
+        let stream = stream_of(device)?;
+        // SAFETY: the bucket is dense f32 on this thread's device and lives as long as the buckets do, which outlive
+        // every program over them; it is filled again in the order of the stream, and only there.
+        unsafe { self.exchange.enqueue(values, stream) }
     }
 }
 

@@ -6,17 +6,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use takuma_core::ids::Generation;
+use tch::Tensor;
 
-use crate::collective::{Collective, CollectiveError, DeviceKind, DeviceValues, Loopback};
-use crate::torch::{DeviceSumReducer, SumReducer};
+use crate::collective::{Collective, CollectiveError, DeviceCollective, DeviceKind, DeviceValues, Loopback};
+use crate::torch::cuda::{self, Capture, Cut, Program};
+use crate::torch::{DeviceSumReducer, SumReducer, TorchError};
 
 /// The collective of the group that this worker is in at the moment, plus what the step loop wants to
 /// know of it: time lost waiting, and the first error, which cannot travel through libtorch's backward
 /// pass. Lives as long as the networks, whose gradient hooks hold it; groups come and go.
-#[derive(Debug)]
 pub struct Exchange {
     current: Mutex<Current>,
     waited_ns: AtomicU64,
+    /// While a step is recorded: where its sums go instead.
+    recording: Mutex<Option<Arc<dyn Cut<DeviceSum>>>>,
 }
 
 #[derive(Debug)]
@@ -26,6 +29,17 @@ struct Current {
     error: Option<CollectiveError>,
 }
 
+/// A sum of device memory that is enqueued in every step.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceSum {
+    values: DeviceValues,
+    /// A `cudaStream_t`.
+    stream: *mut c_void,
+}
+
+// SAFETY: addresses; whoever enqueues the sum answers for them.
+unsafe impl Send for DeviceSum {}
+
 impl Exchange {
     /// An exchange with nobody, until [`Exchange::enter`].
     #[must_use]
@@ -34,6 +48,7 @@ impl Exchange {
         Arc::new(Self {
             current: Mutex::new(Current { collective, groups: 0, error: None }),
             waited_ns: AtomicU64::new(0),
+            recording: Mutex::default(),
         })
     }
 
@@ -104,6 +119,129 @@ impl Exchange {
     fn lock(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn recording(&self) -> MutexGuard<'_, Option<Arc<dyn Cut<DeviceSum>>>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sums of the memory of what computes, in the order of its work.
+impl Exchange {
+    /// Enqueues on `stream` that `values` are replaced by their sum over all workers, or keeps that for the program
+    /// that is being recorded. The group must be one that sums on devices.
+    ///
+    /// # Errors
+    /// What ended the group, or that it cannot be recorded. The pass must end.
+    ///
+    /// # Safety
+    /// As [`DeviceCollective::all_reduce_on_device`]; if it is recorded, for as long as the program is.
+    pub unsafe fn enqueue(&self, values: DeviceValues, stream: *mut c_void) -> Result<(), CollectiveError> {
+        let sum = DeviceSum { values, stream };
+        let recording = self.recording().clone();
+        match recording {
+            Some(recording) => recording.cut(sum).map_err(|error| CollectiveError::Local {
+                operation: "recording a step".to_owned(),
+                detail: error.to_string(),
+                source: None,
+            }),
+            // SAFETY: as the caller promises.
+            None => unsafe { sum.enqueue(&*self.collective()) },
+        }
+    }
+
+    /// Sums f64 `values`, dense, over all workers, in place: enqueued only where the group sums on devices.
+    ///
+    /// # Errors
+    /// What ended the group.
+    pub fn sum_tensor(&self, values: &Tensor) -> Result<(), CollectiveError> {
+        let collective = self.collective();
+        let (ptr, len) = (values.data_ptr(), values.numel());
+        if collective.world() == 1 {
+            return Ok(());
+        }
+        let Some(device) = collective.on_device() else {
+            // SAFETY: dense doubles of the host's, which nobody else touches during the call.
+            let values = unsafe { std::slice::from_raw_parts_mut(ptr.cast::<f64>(), len) };
+            return self.wait(|collective| collective.all_reduce_f64(values));
+        };
+        let stream = stream_of(device)?;
+        // SAFETY: the caller keeps the tensor's memory until the device has done the step, or, if it is recorded, in
+        // the program's pool.
+        unsafe { self.enqueue(DeviceValues { ptr, len, kind: DeviceKind::F64 }, stream) }
+    }
+
+    /// Records what `body` gives the device, with the sums of it between the graphs.
+    ///
+    /// # Errors
+    /// The body's or the recording's: nothing of it was run.
+    pub fn record<C, E>(
+        &self,
+        capture: C,
+        body: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Program<C::Graph, DeviceSum>, E>
+    where
+        C: Capture + 'static,
+        C::Graph: Send + 'static,
+        E: From<TorchError>,
+    {
+        /// Ends the recording, whatever becomes of the body.
+        struct Open<'a>(&'a Exchange);
+        impl Drop for Open<'_> {
+            fn drop(&mut self) {
+                *self.0.recording() = None;
+            }
+        }
+        cuda::record(capture, |cut| {
+            let _open = Open(self);
+            *self.recording() = Some(cut);
+            body()
+        })
+    }
+
+    /// Gives the device a recorded step once more.
+    ///
+    /// # Errors
+    /// The first graph or sum that failed; nothing behind it was given to the device.
+    pub fn replay<G, E>(
+        &self,
+        program: &mut Program<G, DeviceSum>,
+        launch: impl FnMut(&mut G) -> Result<(), E>,
+    ) -> Result<(), E>
+    where
+        E: From<CollectiveError>,
+    {
+        let collective = self.collective();
+        // SAFETY: recorded by `enqueue`, whose callers keep the memory for as long as the program.
+        program.replay(launch, |sum| Ok(unsafe { sum.enqueue(&*collective) }?))
+    }
+}
+
+impl DeviceSum {
+    /// # Safety
+    /// As [`Exchange::enqueue`].
+    unsafe fn enqueue(&self, collective: &dyn Collective) -> Result<(), CollectiveError> {
+        let Some(device) = collective.on_device() else {
+            unreachable!("a pass does not outlive its group, which sums on the device")
+        };
+        // SAFETY: as the caller promises.
+        unsafe { device.all_reduce_on_device(self.values, self.stream) }?;
+        if let Some(host) = device.on_host() {
+            host.wait();
+        }
+        Ok(())
+    }
+}
+
+/// Where sums of the calling thread's work go.
+pub(super) fn stream_of(device: &dyn DeviceCollective) -> Result<*mut c_void, CollectiveError> {
+    match device.on_host() {
+        Some(host) => Ok(host.stream()),
+        None => cuda::stream().map_err(|error| CollectiveError::Local {
+            operation: "a sum on the GPU".to_owned(),
+            detail: error.to_string(),
+            source: None,
+        }),
+    }
 }
 
 impl Exchange {
@@ -115,7 +253,14 @@ impl Exchange {
 
 impl SumReducer for Exchange {
     fn sum(&self, values: &mut [f64]) -> bool {
-        self.went_well(self.wait(|collective| collective.all_reduce_f64(values)))
+        let collective = self.collective();
+        let Some(host) = collective.on_device().and_then(DeviceCollective::on_host) else {
+            return self.went_well(self.wait(|collective| collective.all_reduce_f64(values)));
+        };
+        let given =
+            DeviceValues { ptr: values.as_mut_ptr().cast(), len: values.len(), kind: DeviceKind::F64 };
+        // SAFETY: the host's stream is waited for, so the values are let go when this returns.
+        self.went_well(unsafe { self.enqueue(given, host.stream()) })
     }
 
     fn on_device(&self) -> Option<&dyn DeviceSumReducer> {
@@ -125,12 +270,14 @@ impl SumReducer for Exchange {
 
 impl DeviceSumReducer for Exchange {
     unsafe fn sum_on_device(&self, values: *mut f64, len: usize, stream: *mut c_void) -> bool {
-        let collective = self.collective();
-        let Some(device) = collective.on_device() else {
-            unreachable!("a pass does not outlive its group, which sums on the device")
-        };
         let values = DeviceValues { ptr: values.cast(), len, kind: DeviceKind::F64 };
-        // SAFETY: as the caller promises; the phase is settled before anything of it is applied.
-        self.went_well(unsafe { device.all_reduce_on_device(values, stream) })
+        // SAFETY: as the caller promises; nothing of the phase is applied before its sums are known to be whole.
+        self.went_well(unsafe { self.enqueue(values, stream) })
+    }
+}
+
+impl std::fmt::Debug for Exchange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Exchange").field("current", &self.current).finish_non_exhaustive()
     }
 }

@@ -49,9 +49,9 @@ impl Faults {
         Some(Self { orders, first: None })
     }
 
-    /// Whether a fault is still to come that strikes between two phases.
-    pub fn are_between_phases(&self) -> bool {
-        self.orders.iter().any(|order| !matches!(order.kind, Kind::Nan) || order.phase != Phase::D)
+    /// Whether a fault is still to come that strikes inside of a step.
+    pub fn are_inside_steps(&self) -> bool {
+        self.orders.iter().any(|order| order.phase != Phase::D)
     }
 
     /// Strikes if this is the place of a fault, which is then over: a phase that is run again is spared.

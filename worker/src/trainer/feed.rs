@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::messages::JobError;
 use super::resident::Resident;
 use crate::model::NOISE_LEN;
-use crate::recipe::{Batch, Images, StepInput};
+use crate::recipe::{Batch, Images, StepInput, Votes};
 use crate::torch::{self, TorchError};
 
 /// Value of a uint8 pixel in `[-1, 1]`.
@@ -149,12 +149,14 @@ impl Feed {
                 self.ahead = None;
                 let rows = self.pinned(rows)?;
                 let noise_nz = self.pinned(self.noise_nz(&noise_of(self.slots, self.seed, step)))?;
-                return Ok((StepInput { images: Images::Rows { dataset_nhwc, rows }, noise_nz }, fed));
+                let images = Images::Rows { dataset_nhwc, rows };
+                return Ok((StepInput { images, noise_nz, votes: votes_of(step, fed) }, fed));
             }
         }
         let (floats, fed) = self.floats(step)?;
         let images = Images::Ready(self.pinned(self.images_nchw(&floats.pixels_nhwc))?);
-        Ok((StepInput { images, noise_nz: self.pinned(self.noise_nz(&floats.noise_nz))? }, fed))
+        let noise_nz = self.pinned(self.noise_nz(&floats.noise_nz))?;
+        Ok((StepInput { images, noise_nz, votes: votes_of(step, fed) }, fed))
     }
 
     /// A step's input with images that are no numbers, as a test orders it.
@@ -246,6 +248,11 @@ impl Feed {
         }
         self.slots.slots().zip(self.orders.iter().map(|order| self.map.image(order, step))).collect()
     }
+}
+
+/// What a worker that wants nothing says in a step.
+fn votes_of(step: u64, fed: u64) -> Votes {
+    Votes { step, fed: fed as f64, ..Votes::default() }
 }
 
 /// The ledger's entry of a step.

@@ -86,7 +86,12 @@ fn on_host_because(cards: &[Vec<u8>]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use takuma_core::ids::{Generation, Rank};
+
     use super::*;
+    use crate::collective::{RingConfig, RingListener};
 
     #[test]
     fn nccl_needs_a_card_of_its_own_at_every_rank() {
@@ -96,27 +101,75 @@ mod tests {
         assert!(on_host_because(&cards(&["a", "b", "a"])).unwrap().contains("share"));
     }
 
-    #[test]
-    fn group_of_processors_stays_a_ring() {
-        use crate::collective::{RingConfig, RingListener};
-        use takuma_core::ids::{Generation, Rank};
-
-        let listeners = [0, 1].map(|_| RingListener::bind("127.0.0.1:0").unwrap());
+    /// What each of two members gets when it joins with its ring of `generation`.
+    fn joined<T: Send>(
+        listeners: &[RingListener; 2],
+        generation: u64,
+        meetings: &mut [Meeting; 2],
+        join: impl Fn(&mut Meeting, Ring) -> T + Sync,
+    ) -> Vec<T> {
         let members: Vec<String> =
             listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
-        let join = |rank: u32| {
-            let config = RingConfig::new("test", Rank(rank), Generation(1), members.clone());
-            let ring = Ring::connect(&listeners[rank as usize], config).unwrap();
-            let collective = Meeting::new(Device::Cpu, false).join(ring).unwrap();
+        std::thread::scope(|scope| {
+            let (join, members) = (&join, &members);
+            let threads: Vec<_> = (0..)
+                .zip(listeners.iter().zip(meetings))
+                .map(|(rank, (listener, meeting))| {
+                    scope.spawn(move || {
+                        let mut config =
+                            RingConfig::new("test", Rank(rank), Generation(generation), members.clone());
+                        // Who is to blame where all wait is asked for a part of it.
+                        config.timeout = Duration::from_secs(2);
+                        join(meeting, Ring::connect(listener, config).unwrap())
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn group_that_nccl_cannot_form_twice_goes_over_the_host_once() {
+        use crate::collective::nccl::fake::{self, HANG_INIT, next_comm};
+        let listeners = [0, 1].map(|_| RingListener::bind("127.0.0.1:0").unwrap());
+        let config = NcclConfig { init_timeout: Duration::from_millis(300), ..fake::config() };
+        let mut meetings =
+            [b"a", b"b"].map(|card| Meeting { nccl: Some((card.to_vec(), config.clone())), failures: 0 });
+        for generation in 1..=u64::from(MAX_FAILURES) {
+            let errors = joined(&listeners, generation, &mut meetings, |meeting, ring| {
+                next_comm(HANG_INIT);
+                meeting.join(ring).unwrap_err()
+            });
+            for error in errors {
+                assert!(matches!(error, CollectiveError::Timeout { .. }), "{error}");
+            }
+        }
+        // One of both has seen another failure and goes over the host; so do all.
+        meetings[0].failures = 1;
+        let mut sums_on_devices = |generation| {
+            joined(&listeners, generation, &mut meetings, |meeting, ring| {
+                let collective = meeting.join(ring).unwrap();
+                let mut sum = [1.0];
+                collective.all_reduce_f64(&mut sum).unwrap();
+                assert_eq!(sum, [2.0]);
+                collective.on_device().is_some()
+            })
+        };
+        assert_eq!(sums_on_devices(8), [false, false]);
+        assert_eq!(sums_on_devices(9), [true, true], "the next group tries NCCL again");
+    }
+
+    #[test]
+    fn group_of_processors_stays_a_ring() {
+        let listeners = [0, 1].map(|_| RingListener::bind("127.0.0.1:0").unwrap());
+        let mut meetings = [0, 1].map(|_| Meeting::new(Device::Cpu, false));
+        let sums = joined(&listeners, 1, &mut meetings, |meeting, ring| {
+            let collective = meeting.join(ring).unwrap();
             assert!(collective.on_device().is_none());
-            let mut sum = [f64::from(rank) + 1.0];
+            let mut sum = [f64::from(collective.rank().0) + 1.0];
             collective.all_reduce_f64(&mut sum).unwrap();
             sum
-        };
-        std::thread::scope(|scope| {
-            let other = scope.spawn(|| join(1));
-            assert_eq!(join(0), [3.0]);
-            assert_eq!(other.join().unwrap(), [3.0]);
         });
+        assert_eq!(sums, [[3.0], [3.0]]);
     }
 }

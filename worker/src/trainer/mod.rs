@@ -11,6 +11,7 @@ mod meet;
 mod messages;
 mod optimizer;
 mod painter;
+mod picture;
 mod progress;
 mod resident;
 mod samples;
@@ -20,7 +21,7 @@ mod stopper;
 mod thread;
 
 pub use buckets::{GradientBuckets, SumOrder, SummedGradients};
-pub use exchange::Exchange;
+pub use exchange::{DeviceSum, Exchange};
 pub use feed::Feed;
 pub use messages::{Command, JobError, Note, Seat, panic_words};
 pub use optimizer::Adam;

@@ -84,11 +84,13 @@ pub struct Trainer {
     model: String,
     /// Whole steps are handed to the device where that is possible; see [`Trainer::train_ahead`].
     pub(super) runs_ahead: bool,
+    /// All members of the group do that.
+    pub(super) all_run_ahead: bool,
     /// When the numbers of the newest such step came.
     pub(super) settled_at: Option<Instant>,
     /// `None` until there is state.
     progressed: Option<Progressed>,
-    samples: Samples,
+    pub(super) samples: Samples,
     /// Told, and not taken up yet: a group to form now, one to change over to, one to leave before.
     pub(super) now: Option<Seat>,
     next: Option<Seat>,
@@ -96,7 +98,7 @@ pub struct Trainer {
     /// When the former group broke.
     broken_since: Option<Instant>,
     /// After a loss the newest checkpoint may have been lost with its writer.
-    checkpoint_overdue: bool,
+    pub(super) checkpoint_overdue: bool,
     was_rank_0: bool,
     step_s: f64,
     steps_here: u64,
@@ -139,6 +141,7 @@ impl Trainer {
         let samples = Samples::new(&parts.config, parts.device, parts.spool.clone(), runs_ahead);
         Ok(Self {
             runs_ahead,
+            all_run_ahead: false,
             settled_at: None,
             meeting: Meeting::new(parts.device, parts.config.exact),
             model: if parts.config.exact { device::model(parts.device)? } else { String::new() },
@@ -241,14 +244,15 @@ impl Trainer {
         self.exchange.enter(collective);
         let collective = self.exchange.collective();
         self.parts.stopper.guard(generation, collective.abort_handle());
-        let spool = &self.parts.spool;
+        let runs_ahead = self.can_run_ahead(&*collective);
         let agreement = agree(
             &collective,
+            runs_ahead,
             &mut self.net,
             &mut self.progressed,
             &self.model,
-            || spool.unkept_reports(),
-            |reports| reports.into_iter().for_each(|report| spool.report(report)),
+            || self.parts.spool.unkept_reports(),
+            |reports| reports.into_iter().for_each(|report| self.parts.spool.report(report)),
         )
         .map_err(|error| match error {
             AgreeError::Exchange(error) => JobError::Exchange(error),
@@ -260,6 +264,7 @@ impl Trainer {
 
     fn formed(&mut self, generation: u64, rank: Rank, agreement: Agreement) -> Result<(), JobError> {
         let stalled_s = self.broken_since.take().map_or(0.0, |since| since.elapsed().as_secs_f64());
+        self.all_run_ahead = agreement.all_run_ahead;
         self.steps_here = 0;
         let (step, phase) = self.position();
         self.parts.progress.begin(step);
@@ -274,7 +279,9 @@ impl Trainer {
         }
         if step == 0 && phase == 0 {
             self.samples.reals(&mut self.parts.feed)?;
-            self.sample(0)?;
+            if let Some(frame) = self.samples.take(&self.net, &self.exchange, 0)? {
+                self.samples.show(frame)?;
+            }
         }
         Ok(())
     }
@@ -299,9 +306,7 @@ impl Trainer {
                 if let Some(end) = self.train_ahead(commands)? {
                     return Ok(end);
                 }
-                if self.position().0 > step {
-                    continue;
-                }
+                continue;
             }
             self.parts.spool.pace();
             let [stops, changes] = self.step(step)?;
@@ -323,7 +328,7 @@ impl Trainer {
     }
 
     /// Changes over when all members are ready for the same generation.
-    fn change(&mut self, changes: f64) -> Option<End> {
+    pub(super) fn change(&mut self, changes: f64) -> Option<End> {
         let ready = self.ready_for();
         let world = f64::from(self.exchange.collective().world());
         // Generations stay far below 2^53, so their sum is exact.
@@ -353,6 +358,8 @@ impl Trainer {
         let [stops, changes, fed] = votes;
         let times = [begin.elapsed().as_secs_f64(), data_s];
         self.finish_step(step, times, fed as u64)?;
+        let picture = self.take_picture(step + 1)?;
+        self.hand_out(picture)?;
         Ok([stops, changes])
     }
 
@@ -403,7 +410,7 @@ impl Trainer {
         }
     }
 
-    /// Does what follows a step's last phase: numbers, grid, checkpoint.
+    /// Takes down and reports a step whose last phase is made.
     pub(super) fn finish_step(
         &mut self,
         step: u64,
@@ -434,20 +441,6 @@ impl Trainer {
             left_out,
             ..StepReport::default()
         });
-        let finished = step + 1;
-        let last = finished == self.parts.target_steps;
-        // The last step has a grid too: a run ends with a picture of what it became.
-        if finished.is_multiple_of(self.parts.config.sample_every) || last {
-            self.parts.progress.enter("sampling");
-            self.sample(finished)?;
-        }
-        if last { Ok(()) } else { self.offer_checkpoint(finished) }
-    }
-
-    fn sample(&mut self, step: u64) -> Result<(), JobError> {
-        if let Some(frame) = self.samples.take(&self.net, &self.exchange, step)? {
-            self.samples.show(frame)?;
-        }
         Ok(())
     }
 
@@ -460,29 +453,6 @@ impl Trainer {
         let longest = Duration::from_millis(self.parts.config.exchange_timeout_ms);
         let usual = Duration::from_secs_f64(self.step_s * STEPS_OF_SILENCE);
         self.exchange.collective().set_timeout(usual.clamp(SHORTEST_TIMEOUT.min(longest), longest));
-    }
-
-    /// Whether a checkpoint that was due by `step` may be lost.
-    pub(super) fn is_checkpoint_missed(&self, step: u64) -> bool {
-        let every = self.parts.config.checkpoint_every;
-        self.checkpoint_overdue && self.parts.spool.committed_step() < step / every * every
-    }
-
-    /// A periodic checkpoint: training does not wait for it.
-    fn offer_checkpoint(&mut self, step: u64) -> Result<(), JobError> {
-        if self.exchange.collective().rank() != Rank(0) {
-            return Ok(());
-        }
-        if !step.is_multiple_of(self.parts.config.checkpoint_every) && !self.is_checkpoint_missed(step) {
-            return Ok(());
-        }
-        self.checkpoint_overdue = false;
-        self.parts.progress.enter("checkpoint");
-        let writer = self.exchange.collective().generation();
-        if !self.parts.uploader.offer(Snapshot::take(&self.net, step)?, writer) {
-            tracing::warn!("no checkpoint at step {step}: the store is still busy with earlier ones");
-        }
-        Ok(())
     }
 
     /// The end of the run or a stop: its checkpoint, which is waited for.

@@ -9,7 +9,7 @@ use takuma_core::slots::{SlotRange, split_evenly};
 use takuma_data::{Dataset, PoolLimits, ShardPool, SynthOptions, synth};
 use takuma_store::Store;
 use takuma_worker::checkpoint::Snapshot;
-use takuma_worker::collective::{Ring, RingConfig, RingListener};
+use takuma_worker::collective::{Collective, Ring, RingConfig, RingListener};
 use takuma_worker::model::Arithmetic;
 use takuma_worker::recipe::{Batch, Dcgan, DcganState, LaneForm, Phase, PhaseSums};
 use takuma_worker::trainer::{Exchange, Feed};
@@ -88,13 +88,22 @@ pub fn bytes(net: &Dcgan) -> [Vec<u8>; 3] {
 
 /// Runs `worker(rank, exchange)` on every rank of a group; what they return, by rank.
 pub fn group<T: Send>(world: u32, worker: impl Fn(u32, &Arc<Exchange>) -> T + Sync) -> Vec<T> {
+    group_over(world, |ring| Box::new(ring), worker)
+}
+
+/// [`group`] whose exchanges go through what `wrap` makes of each ring.
+pub fn group_over<T: Send>(
+    world: u32,
+    wrap: impl Fn(Ring) -> Box<dyn Collective> + Sync,
+    worker: impl Fn(u32, &Arc<Exchange>) -> T + Sync,
+) -> Vec<T> {
     let listeners: Vec<RingListener> =
         (0..world).map(|_| RingListener::bind("127.0.0.1:0").unwrap()).collect();
     let members: Vec<String> = listeners.iter().map(|listener| listener.local_addr().to_string()).collect();
     let run = |rank: u32, listener: &RingListener| {
         let ring = RingConfig::new("test", Rank(rank), Generation(1), members.clone());
         let exchange = Exchange::new();
-        exchange.enter(Box::new(Ring::connect(listener, ring).unwrap()));
+        exchange.enter(wrap(Ring::connect(listener, ring).unwrap()));
         worker(rank, &exchange)
     };
     std::thread::scope(|scope| {

@@ -102,7 +102,7 @@ fn guard_finds_what_is_not_finite_and_its_place() {
     let loss = Tensor::from(1.0f32).to_device(device);
     let guard = Guard::new(device);
     let judged = |loss: &Tensor, sticky| {
-        torch::guard(&gradients, loss, &guard, sticky).unwrap();
+        torch::guard(&gradients, loss, None, &guard, sticky).unwrap();
         (guard.found.double_value(&[]), guard.index.int64_value(&[]))
     };
     assert_eq!(judged(&loss, true), (0.0, 4));

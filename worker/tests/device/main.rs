@@ -7,6 +7,7 @@
 )]
 
 mod exact;
+mod group;
 mod kernels;
 #[path = "../common/processes.rs"]
 mod processes;

@@ -31,7 +31,7 @@ struct Stream {
     std::mutex mutex;
     std::condition_variable changed;
     std::deque<std::function<void()>> queue;
-    bool is_blocked = false, is_stopping = false;
+    bool is_blocked = false, is_stopping = false, is_working = false;
     std::thread thread{[this] { run(); }};
 
     void run() {
@@ -41,9 +41,12 @@ struct Stream {
             if (is_stopping) return;
             auto work = std::move(queue.front());
             queue.pop_front();
+            is_working = true;
             lock.unlock();
             work();
             lock.lock();
+            is_working = false;
+            changed.notify_all();
         }
     }
     template <class Change> void change(Change what) {
@@ -76,6 +79,8 @@ struct Clique {
     std::condition_variable changed;
     int world = 0, joined = 0;
     std::map<uint64_t, std::shared_ptr<Sum>> sums;
+    // Sums end at once, with values that mean nothing: what a rank does to its peers whose communicator is told to end.
+    bool is_rushed = false;
 };
 
 struct State {
@@ -85,8 +90,12 @@ struct State {
     std::function<void()> launch;
     // Guarded by the clique's mutex.
     unsigned faults = 0;
+    // From this sum on it takes part in none.
+    uint64_t hangs_at = ~uint64_t(0);
     int error = Success;
     bool is_aborted = false, is_finalizing = false;
+    // Sums whose memory is still used.
+    int meeting = 0;
 };
 
 struct Comm {
@@ -148,10 +157,17 @@ void add_up_bf16(Sum &sum) {
     for (void *buffer : sum.buffers) memcpy(buffer, total.data(), sum.count * 2);
 }
 
+// What lies in a buffer whose sum was ended: finite numbers.
+void spoil(void *buffer, size_t count, int type) {
+    memset(buffer, 0x3d, count * (type == Float64 ? 8 : type == Float32 ? 4 : 2));
+}
+
 // In the stream's thread.
 void meet(const std::shared_ptr<State> &state, uint64_t number, void *buffer, size_t count, int type) {
     Clique &clique = *state->clique;
     std::unique_lock lock(clique.mutex);
+    if (clique.is_rushed) return spoil(buffer, count, type);
+    if (state->is_aborted) return;
     auto &place = clique.sums[number];
     if (!place) {
         place = std::make_shared<Sum>();
@@ -164,7 +180,7 @@ void meet(const std::shared_ptr<State> &state, uint64_t number, void *buffer, si
         state->error = InvalidArgument;
         sum->is_broken = true;
     }
-    if (!(state->faults & HangSums) && !state->is_aborted) {
+    if (!(state->faults & HangSums) && number < state->hangs_at) {
         sum->buffers[state->rank] = buffer;
         if (++sum->arrived == clique.world && !sum->is_broken) {
             if (type == Float32) add_up<float>(*sum);
@@ -175,9 +191,15 @@ void meet(const std::shared_ptr<State> &state, uint64_t number, void *buffer, si
             clique.changed.notify_all();
         }
     }
-    clique.changed.wait(lock, [&] { return sum->is_done || state->is_aborted; });
-    // This rank's buffer may be gone when the others come.
-    if (!sum->is_done) sum->is_broken = true;
+    ++state->meeting;
+    clique.changed.wait(lock, [&] { return sum->is_done || state->is_aborted || clique.is_rushed; });
+    --state->meeting;
+    if (!sum->is_done) {
+        // This rank's buffer may be gone when the others come.
+        sum->is_broken = true;
+        spoil(buffer, count, type);
+    }
+    clique.changed.notify_all();
 }
 
 } // namespace
@@ -281,8 +303,9 @@ int ncclCommAbort(void *comm) {
         std::unique_lock lock(state->clique->mutex);
         if (state->faults & HangAbort) state->clique->changed.wait(lock, [] { return false; });
         state->is_aborted = true;
+        state->clique->changed.notify_all();
+        state->clique->changed.wait(lock, [&] { return state->meeting == 0; });
     }
-    state->clique->changed.notify_all();
     free_comm(comm);
     return Success;
 }
@@ -318,6 +341,13 @@ int cudaEventQuery(void *handle) {
 }
 
 int cudaGetLastError() { return 0; }
+
+int cudaHostAlloc(void **memory, size_t bytes, unsigned flags) {
+    if (flags != 3) return 1;
+    *memory = calloc(1, bytes);
+    return 0;
+}
+
 int cudaThreadExchangeStreamCaptureMode(unsigned *) { return 0; }
 const char *cudaGetErrorString(int) { return "some CUDA error"; }
 
@@ -336,12 +366,31 @@ void fake_set_error(void *comm, int error) {
     state->error = error;
 }
 
+void fake_hang_at(void *comm, uint64_t sum) {
+    auto state = state_of(comm);
+    std::lock_guard lock(state->clique->mutex);
+    state->hangs_at = sum;
+}
+
+void fake_rush(void *comm) {
+    auto state = state_of(comm);
+    { std::lock_guard lock(state->clique->mutex); state->clique->is_rushed = true; }
+    state->clique->changed.notify_all();
+}
+
 void *fake_stream_create() { return new Stream; }
 
 // A blocked stream does nothing, like one whose kernel never ends.
 void fake_stream_block(void *stream, int is_blocked) {
     auto it = static_cast<Stream *>(stream);
     it->change([=] { it->is_blocked = is_blocked; });
+}
+
+// Returns when all that it was given is done.
+void fake_stream_wait(void *stream) {
+    auto it = static_cast<Stream *>(stream);
+    std::unique_lock lock(it->mutex);
+    it->changed.wait(lock, [it] { return it->queue.empty() && !it->is_working; });
 }
 
 // Returns when nothing is under way; what is still queued is dropped.

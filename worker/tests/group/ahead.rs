@@ -21,7 +21,9 @@ fn enqueued(net: &mut Dcgan, input: StepInput) -> Vec<Outcome> {
 }
 
 fn settled(net: &Dcgan, ticket: Ticket) -> Vec<Outcome> {
-    net.settle(ticket).unwrap().expect("a processor is never stuck")
+    let settled = net.settle(ticket).unwrap().expect("a processor is never stuck");
+    assert!(settled.failed.is_none(), "{settled:?}");
+    settled.outcomes
 }
 
 /// Asks for step 0 until its images are named by row.
@@ -76,7 +78,7 @@ fn spoilt(feed: &mut Feed, step: u64) -> StepInput {
     }
     let images = feed.batch(step).unwrap().reals_nchw;
     drop(images.get(3).fill_(f64::NAN));
-    StepInput { images: Images::Ready(images), noise_nz: input.noise_nz }
+    StepInput { images: Images::Ready(images), ..input }
 }
 
 #[test]

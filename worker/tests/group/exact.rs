@@ -74,7 +74,7 @@ pub struct Kill {
     pub rank: usize,
     phase: usize,
     operations: AtomicI64,
-    is_armed: AtomicBool,
+    pub(super) is_armed: AtomicBool,
 }
 
 impl Kill {
@@ -90,7 +90,7 @@ impl Kill {
 
 /// A ring that is dropped in the middle of a phase, as a killed process drops it.
 #[derive(Debug)]
-struct Mortal {
+pub(super) struct Mortal {
     ring: Mutex<Option<Arc<Ring>>>,
     rank: Rank,
     world: u32,
@@ -104,7 +104,7 @@ impl std::fmt::Debug for Kill {
 }
 
 impl Mortal {
-    fn new(ring: Ring, kill: Arc<Kill>) -> Self {
+    pub(super) fn new(ring: Ring, kill: Arc<Kill>) -> Self {
         let (rank, world) = (ring.rank(), ring.world());
         Self { ring: Mutex::new(Some(Arc::new(ring))), rank, world, kill }
     }

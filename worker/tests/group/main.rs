@@ -8,6 +8,7 @@ mod processes;
 #[path = "../common/training.rs"]
 mod support;
 mod together;
+mod whole;
 
 use support::{bytes, config, faces, feed, group, iterate, share};
 use takuma_core::ids::Generation;

@@ -150,6 +150,7 @@ const Kernel kernels[] = {
     KERNEL(takuma_finish_backward_f32, true),
     KERNEL(takuma_finish_backward_f64, true),
     KERNEL(takuma_scan, true),
+    KERNEL(takuma_vouch, false),
     KERNEL(takuma_judge, true),
     KERNEL(takuma_commit_statistics, false),
 };
@@ -264,14 +265,20 @@ struct EmulatedValues {
   int64_t elements, type;
 };
 
-void emulated_guard(const EmulatedValues *gradients, int64_t count, const EmulatedValues *loss, float *frozen,
-                    int sticky, float *found, int64_t *index) {
+void emulated_vouch(const uint32_t *ended, const double *stamp, double phases, double phase, double ranks,
+                    double *pair) {
+  vouch(emulate, {ended, pair}, stamp, phases, phase, ranks);
+}
+
+void emulated_guard(const EmulatedValues *gradients, int64_t count, const EmulatedValues *loss,
+                    const uint32_t *ended, double *pair, float *frozen, int sticky, float *found,
+                    int64_t *index) {
   std::vector<Values> values;
   for (int64_t i = 0; i < count; ++i)
     values.push_back({gradients[i].data, gradients[i].elements, static_cast<int>(gradients[i].type)});
   std::vector<int> minima(scan_minima_len(count) + 1);
-  guard(emulate, values.data(), count, {loss->data, loss->elements, static_cast<int>(loss->type)}, frozen,
-        sticky != 0, found, index, minima.data());
+  guard(emulate, values.data(), count, {loss->data, loss->elements, static_cast<int>(loss->type)},
+        {ended, pair}, frozen, sticky != 0, found, index, minima.data());
 }
 
 struct EmulatedLayer {

@@ -50,10 +50,13 @@ pub struct EmulatedLayer {
 /// The emulation's functions. One caller at a time: a GPU's threads are globals there.
 pub struct Emulation {
     pub norm: unsafe extern "C" fn(*const EmulatedNorm),
+    pub vouch: unsafe extern "C" fn(*const u32, *const c_void, f64, f64, f64, *mut c_void),
     pub guard: unsafe extern "C" fn(
         *const EmulatedValues,
         i64,
         *const EmulatedValues,
+        *const u32,
+        *mut c_void,
         *mut c_void,
         i32,
         *mut c_void,
@@ -99,6 +102,7 @@ impl Emulation {
             };
             Self {
                 norm: std::mem::transmute(symbol(c"emulated_norm")),
+                vouch: std::mem::transmute(symbol(c"emulated_vouch")),
                 guard: std::mem::transmute(symbol(c"emulated_guard")),
                 commit: std::mem::transmute(symbol(c"emulated_commit")),
                 gather: std::mem::transmute(symbol(c"emulated_gather")),

@@ -61,20 +61,37 @@ void abandon(Graph &graph) {
 
 }  // namespace
 
-void *graph_begin() {
+// In one pool the allocator hands out a block again once it was freed, in the order in which the stream was given its
+// work. Graphs of one pool are replayed in the order of their capture, and what runs between them (sums) is in that order
+// too; so what a graph or a sum writes is read before anything else gets the block, in each replay as in the capture.
+void *graph_begin(void *former, bool across_threads) {
   const CUDAStream stream = c10::cuda::getCurrentCUDAStream();
   // What failed before the capture is reported here, and not as a failure of the capture.
-  c10::cuda::stream_synchronize(stream.stream());
-  auto graph = std::unique_ptr<Graph>(
-      new Graph{{}, at::cuda::graph_pool_handle(), stream.device_index(), stream, true});
+  if (!former) c10::cuda::stream_synchronize(stream.stream());
+  const auto pool = former ? graph_of(former).pool : at::cuda::graph_pool_handle();
+  auto graph = std::unique_ptr<Graph>(new Graph{{}, pool, stream.device_index(), stream, true});
   try {
-    // Other threads may use CUDA as they like meanwhile, NCCL's and the ones that load data.
-    graph->graph.capture_begin(graph->pool, cudaStreamCaptureModeThreadLocal);
+    // Other threads may use CUDA as they like meanwhile, NCCL's and the ones that load data. Only a relaxed capture
+    // can be ended by another thread than began it.
+    graph->graph.capture_begin(pool, across_threads ? cudaStreamCaptureModeRelaxed
+                                                    : cudaStreamCaptureModeThreadLocal);
   } catch (...) {
     abandon(*graph);
     throw;
   }
   return graph.release();
+}
+
+bool graph_is_empty(void *handle) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t captured = nullptr;
+  unsigned long long id = 0;
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(graph_of(handle).stream.stream(), &status, &id, &captured, nullptr,
+                                          nullptr, nullptr));
+  TORCH_CHECK(status == cudaStreamCaptureStatusActive, "the stream is not being captured any more");
+  size_t nodes = 0;
+  C10_CUDA_CHECK(cudaGraphGetNodes(captured, nullptr, &nodes));
+  return nodes == 0;
 }
 
 void graph_end(void *handle) {

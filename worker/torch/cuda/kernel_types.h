@@ -12,6 +12,9 @@ enum { kColumns = 32, kLanes = 16 };
 // Entries of the tables that kernels get by value; a launch takes 4 KiB of arguments.
 enum { kScanEntries = 48, kLayerEntries = 24 };
 
+// Why nothing is applied any more.
+enum Frozen { kNotFinite = 1, kEnded = 2 };
+
 enum NumberType { kF32 = 0, kF64 = 1, kBf16 = 2 };
 
 // How [rows, channels] values of one group are dealt to blocks and threads. A block has `tile` columns, each a pack

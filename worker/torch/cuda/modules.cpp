@@ -123,7 +123,7 @@ void prepare_kernels() {
       function_of(device, (std::string("takuma_") + kernel + type).c_str());
   for (const char *kernel :
        {"finish_forward_f32", "finish_forward_f64", "finish_backward_f32", "finish_backward_f64", "scan",
-        "judge", "commit_statistics"})
+        "vouch", "judge", "commit_statistics"})
     function_of(device, (std::string("takuma_") + kernel).c_str());
 }
 

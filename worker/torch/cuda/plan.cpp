@@ -163,8 +163,15 @@ void norm_backward_end(Launcher launcher, const NormBackward *lanes, size_t coun
 
 int64_t scan_minima_len(int64_t count) { return divided_up(count, kScanEntries) * kScanBlocks; }
 
+void vouch(Launcher launcher, const GroupMemory &group, const double *stamp, double phases,
+           double phase, double ranks) {
+  const unsigned one[3] = {1, 1, 1};
+  launch(launcher, "takuma_vouch", one, kThreads, group.ended, stamp, phases, phase, ranks, group.pair);
+}
+
 void guard(Launcher launcher, const Values *gradients, int64_t count, const Values &loss,
-           float *frozen, bool sticky, float *found, int64_t *index, int *minima) {
+           const GroupMemory &group, float *frozen, bool sticky, float *found, int64_t *index,
+           int *minima) {
   const unsigned grid[3] = {kScanBlocks, 1, 1}, one[3] = {1, 1, 1};
   int *into = minima;
   for (int64_t first = 0; first < count; first += kScanEntries, into += kScanBlocks) {
@@ -182,7 +189,7 @@ void guard(Launcher launcher, const Values *gradients, int64_t count, const Valu
   const int minima_count = static_cast<int>(into - minima), not_found = static_cast<int>(count);
   const int is_sticky = sticky;
   launch(launcher, "takuma_judge", one, kThreads, minima, minima_count, not_found, loss.data, loss.type,
-         frozen, is_sticky, found, index);
+         group.ended, group.pair, frozen, is_sticky, found, index);
 }
 
 void commit_statistics(Launcher launcher, const Layer *layers, int64_t count, double momentum,

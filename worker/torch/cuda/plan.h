@@ -58,8 +58,16 @@ struct Values {
   int type;
 };
 int64_t scan_minima_len(int64_t count);
+// A group's word and stamps; both NULL where there is nobody else. See takuma_vouch.
+struct GroupMemory {
+  const uint32_t *ended;
+  double *pair;
+};
+void vouch(Launcher launcher, const GroupMemory &group, const double *stamp, double phases,
+           double phase, double ranks);
 void guard(Launcher launcher, const Values *gradients, int64_t count, const Values &loss,
-           float *frozen, bool sticky, float *found, int64_t *index, int *minima);
+           const GroupMemory &group, float *frozen, bool sticky, float *found, int64_t *index,
+           int *minima);
 
 struct Layer {
   void *mean, *variance;

@@ -44,14 +44,19 @@ struct CudaTable {
   void (*event_record)(void *event);
   bool (*event_query)(void *event);
   void (*event_free)(void *event);
-  void *(*graph_begin)();
+  void *(*graph_begin)(void *former, bool across_threads);
+  bool (*graph_is_empty)(void *graph);
   void (*graph_end)(void *graph);
   void (*graph_replay)(void *graph);
   void (*graph_free)(void *graph);
 
   // Kernels. Shapes, types and devices have been checked; all work goes to the current stream.
+  void (*vouch)(const uint32_t *ended, const at::Tensor &stamp, double phases, double phase,
+                double ranks, at::Tensor &pair);
+  // `ended` and `pair` may be NULL and undefined.
   void (*guard)(const std::vector<at::Tensor> &gradients, const at::Tensor &loss,
-                const at::Tensor &frozen, bool sticky, at::Tensor &found, at::Tensor &index);
+                const uint32_t *ended, const at::Tensor &pair, const at::Tensor &frozen, bool sticky,
+                at::Tensor &found, at::Tensor &index);
   void (*commit_statistics)(const std::vector<RunningStatistics> &layers, double momentum,
                             const at::Tensor &found);
   void (*gather_images)(const at::Tensor &images, const at::Tensor &rows, at::Tensor &target);

@@ -85,16 +85,24 @@ Tensor summed(const Memory &memory, std::vector<Norm> &lanes, const BatchSumRedu
 
 }  // namespace
 
-void guard(const std::vector<Tensor> &gradients, const Tensor &loss, const Tensor &frozen, bool sticky,
-           Tensor &found, Tensor &index) {
+void vouch(const uint32_t *ended, const Tensor &stamp, double phases, double phase, double ranks,
+           Tensor &pair) {
+  const c10::cuda::CUDAGuard device(pair.device());
+  ::vouch(launch_kernel, {ended, pair.mutable_data_ptr<double>()}, stamp.const_data_ptr<double>(), phases,
+          phase, ranks);
+}
+
+void guard(const std::vector<Tensor> &gradients, const Tensor &loss, const uint32_t *ended,
+           const Tensor &pair, const Tensor &frozen, bool sticky, Tensor &found, Tensor &index) {
   const c10::cuda::CUDAGuard device(found.device());
   std::vector<Values> values;
   for (const Tensor &gradient : gradients) values.push_back(values_of(gradient));
   const auto count = static_cast<int64_t>(values.size());
   Tensor minima = scratch(found, at::kInt, std::max<int64_t>(1, scan_minima_len(count)));
-  // Of a scalar that only `sticky` lets change.
+  // Of a scalar that only `sticky` and `ended` let change.
   auto *ice = const_cast<float *>(frozen.const_data_ptr<float>());
-  ::guard(launch_kernel, values.data(), count, values_of(loss), ice, sticky,
+  ::guard(launch_kernel, values.data(), count, values_of(loss),
+          {ended, pair.defined() ? const_cast<double *>(pair.const_data_ptr<double>()) : nullptr}, ice, sticky,
           found.mutable_data_ptr<float>(), index.mutable_data_ptr<int64_t>(),
           minima.mutable_data_ptr<int32_t>());
 }

@@ -4,8 +4,11 @@
 
 namespace takuma_cuda {
 
-void guard(const std::vector<at::Tensor> &gradients, const at::Tensor &loss, const at::Tensor &frozen,
-           bool sticky, at::Tensor &found, at::Tensor &index);
+void vouch(const uint32_t *ended, const at::Tensor &stamp, double phases, double phase, double ranks,
+           at::Tensor &pair);
+void guard(const std::vector<at::Tensor> &gradients, const at::Tensor &loss, const uint32_t *ended,
+           const at::Tensor &pair, const at::Tensor &frozen, bool sticky, at::Tensor &found,
+           at::Tensor &index);
 void commit_statistics(const std::vector<RunningStatistics> &layers, double momentum,
                        const at::Tensor &found);
 void gather_images(const at::Tensor &images, const at::Tensor &rows, at::Tensor &target);

@@ -51,19 +51,38 @@ extern "C" __global__ void __launch_bounds__(kThreads) takuma_scan(ScanTable tab
   if (threadIdx.x == 0) minima[blockIdx.x] = least;
 }
 
-// The verdict over all minima and the loss. One block.
+// Whether the group of `ended`, a word of the host's memory that is not 0 from then on, is over. Read past all caches.
+__device__ __forceinline__ bool has_ended(const unsigned *ended) {
+  return *static_cast<const volatile unsigned *>(ended) != 0;
+}
+
+// What this rank says of all sums before this one: pair[0] = the phase's stamp, or 0 once the group has ended;
+// pair[1] = what all ranks' stamps make if none has. One thread.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    takuma_vouch(const unsigned *ended, const double *stamp, double phases, double phase, double ranks,
+                 double *pair) {
+  if (threadIdx.x != 0) return;
+  const double whole = *stamp * phases + phase;
+  pair[0] = has_ended(ended) ? 0.0 : whole;
+  pair[1] = whole * ranks;
+}
+
+// The verdict over all minima, the loss and, unless they are NULL, the group's word and stamps. One block.
 extern "C" __global__ void __launch_bounds__(kThreads)
     takuma_judge(const int *minima, int count, int not_found, const void *loss, int loss_type,
-                 float *frozen, int sticky, float *found, long long *index) {
+                 const unsigned *ended, const double *pair, float *frozen, int sticky, float *found,
+                 long long *index) {
   int first = not_found;
   for (int i = threadIdx.x; i < count; i += kThreads)
     if (minima[i] < first) first = minima[i];
   const int least = block_minimum(first);
   if (threadIdx.x != 0) return;
+  // A NaN in the stamps is no equality either.
+  if (ended && (has_ended(ended) || !(pair[0] == pair[1]))) *frozen = kEnded;
   const bool refused = least < not_found || not_finite_at(loss, 0, loss_type) || *frozen != 0;
   *found = refused ? 1.0f : 0.0f;
   *index = least;
-  if (sticky) *frozen = refused ? 1.0f : 0.0f;
+  if (sticky && *frozen == 0 && refused) *frozen = kNotFinite;
 }
 
 template <typename T>

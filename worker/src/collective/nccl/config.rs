@@ -3,7 +3,10 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use super::library::{CudaRuntime, NcclLibrary};
-use crate::{collective::CollectiveError, supervise};
+use crate::{
+    collective::{CollectiveError, HostStream},
+    supervise,
+};
 
 /// The libraries and limits of NCCL groups.
 #[derive(Clone)]
@@ -23,6 +26,8 @@ pub struct NcclConfig {
     pub before_abort: Option<Arc<dyn Fn() + Send + Sync>>,
     /// What to do, with the reason, when a communicator does not end. Should not return.
     pub last_resort: Arc<dyn Fn(&str) + Send + Sync>,
+    /// In tests, where the devices are the hosts: makes the stream of a group.
+    pub host_stream: Option<fn() -> Box<dyn HostStream>>,
 }
 
 impl NcclConfig {
@@ -45,6 +50,7 @@ impl NcclConfig {
             abort_timeout: Duration::from_secs(10),
             before_abort: None,
             last_resort: Arc::new(|reason| supervise::last_resort(reason)),
+            host_stream: None,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use libloading::Library;
@@ -13,7 +14,7 @@ use libloading::Library;
 use super::{CudaRuntime, Nccl, NcclConfig, NcclLibrary};
 use crate::{
     collective::{
-        CollectiveError, DeviceCollective, DeviceKind, DeviceValues, RingConfig,
+        CollectiveError, DeviceCollective, DeviceKind, DeviceValues, HostStream, RingConfig,
         contract::{form as form_rings, together},
     },
     supervise,
@@ -24,7 +25,7 @@ const SOURCE: &str = include_str!("../../../tests/fake_nccl/fake_nccl.cpp");
 pub(super) const PATH_VARIABLE: &str = "TAKUMA_TEST_FAKE_NCCL";
 
 /// Kinds of fault, as in the C++.
-pub(super) const HANG_INIT: c_uint = 1;
+pub(crate) const HANG_INIT: c_uint = 1;
 pub(super) const HANG_SUMS: c_uint = 2;
 pub(super) const HANG_ABORT: c_uint = 4;
 pub(super) const HANG_FINALIZE: c_uint = 8;
@@ -55,7 +56,7 @@ pub(super) fn path() -> &'static Path {
 }
 
 /// The usual configuration over the fake.
-pub(in crate::collective) fn config() -> NcclConfig {
+pub(crate) fn config() -> NcclConfig {
     let path = path().as_os_str();
     NcclConfig::new(NcclLibrary::open_at(path).unwrap(), CudaRuntime::open_at(path).unwrap())
 }
@@ -73,7 +74,7 @@ macro_rules! call {
 }
 
 /// The next communicator that this thread begins has these faults.
-pub(super) fn next_comm(faults: c_uint) {
+pub(crate) fn next_comm(faults: c_uint) {
     call!(b"fake_next_comm"(faults => c_uint));
 }
 
@@ -86,6 +87,26 @@ impl Nccl {
     /// The communicator finds an error of this number by itself.
     pub(super) fn set_error(&self, error: c_int) {
         call!(b"fake_set_error"(self.shared().comm.handle() => *mut c_void, error => c_int));
+    }
+
+    /// From its sum number `sum` on, from 1, this rank takes part in none: its GPU hangs.
+    pub(crate) fn hang_at(&self, sum: u64) {
+        call!(b"fake_hang_at"(self.shared().comm.handle() => *mut c_void, sum => u64));
+    }
+
+    /// Ends the sums of all ranks at once with values that mean nothing, as a rank's may be whose peer was told to end.
+    pub(crate) fn rush(&self) {
+        call!(b"fake_rush"(self.shared().comm.handle() => *mut c_void));
+    }
+
+    /// Sums of this rank so far.
+    pub(crate) fn begun(&self) -> u64 {
+        self.shared().begun()
+    }
+
+    /// Cuts this rank off from its group, as if its process were killed.
+    pub(crate) fn vanish(&self) {
+        self.shared().ring.vanish();
     }
 
     pub(super) fn shared(&self) -> &Arc<super::Shared> {
@@ -133,6 +154,22 @@ impl Drop for Stream {
     fn drop(&mut self) {
         call!(b"fake_stream_destroy"(self.0 => *mut c_void));
     }
+}
+
+impl HostStream for Stream {
+    fn stream(&self) -> *mut c_void {
+        self.0
+    }
+
+    fn wait(&self) {
+        call!(b"fake_stream_wait"(self.0 => *mut c_void));
+    }
+}
+
+/// Groups of `world` ranks over the fake whose GPUs are the processors that compute.
+pub(crate) fn form_on_hosts(world: usize, timeout: Duration) -> Vec<Nccl> {
+    let config = NcclConfig { host_stream: Some(|| Box::new(Stream::new())), ..config() };
+    form_with(&config, world, |config| config.timeout = timeout)
 }
 
 /// Groups of `world` ranks over the fake.

@@ -63,7 +63,7 @@ pub struct NcclLibrary {
     _library: Library,
 }
 
-/// The functions of the CUDA runtime that tell where a stream has come to.
+/// The functions of the CUDA runtime that tell where a stream has come to, and a stream that its group is over.
 pub struct CudaRuntime {
     pub(super) event_create_with_flags: unsafe extern "C" fn(*mut *mut c_void, c_uint) -> Code,
     pub(super) event_record: unsafe extern "C" fn(*mut c_void, cudaStream_t) -> Code,
@@ -71,6 +71,9 @@ pub struct CudaRuntime {
     pub(super) event_destroy: unsafe extern "C" fn(*mut c_void) -> Code,
     pub(super) get_last_error: unsafe extern "C" fn() -> Code,
     pub(super) thread_exchange_stream_capture_mode: unsafe extern "C" fn(*mut c_uint) -> Code,
+    pub(super) host_alloc: unsafe extern "C" fn(*mut *mut c_void, usize, c_uint) -> Code,
+    /// Words of groups that are over, to be used again; see `ended.rs`.
+    pub(super) spare_words: super::ended::SpareWords,
     get_error_string: unsafe extern "C" fn(Code) -> *const c_char,
     /// Keeps the functions where they are.
     _library: Library,
@@ -170,6 +173,8 @@ impl CudaRuntime {
                 event_destroy: shelf.function("cudaEventDestroy")?,
                 get_last_error: shelf.function("cudaGetLastError")?,
                 thread_exchange_stream_capture_mode: shelf.function("cudaThreadExchangeStreamCaptureMode")?,
+                host_alloc: shelf.function("cudaHostAlloc")?,
+                spare_words: super::ended::SpareWords::default(),
                 get_error_string: shelf.function("cudaGetErrorString")?,
                 _library: shelf.library,
             }))

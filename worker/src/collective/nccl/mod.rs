@@ -5,16 +5,17 @@
 //! NCCL communicator, whose id goes over the ring.
 //!
 //! Which functions are NCCL's is `library.rs`, one communicator `communicator.rs`, where a stream has come to
-//! `events.rs`, what the threads share `shared.rs`, and how a group ends `watchdog.rs`. The tests run against a
+//! `events.rs`, how a stream hears that its group is over `ended.rs`, what the threads share `shared.rs`, and how a group ends `watchdog.rs`. The tests run against a
 //! libnccl of our own over host memory (`worker/tests/fake_nccl`).
 
 mod communicator;
 mod config;
 #[cfg(test)]
 mod device_contract;
+mod ended;
 mod events;
 #[cfg(test)]
-pub(super) mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod faults;
 mod library;
@@ -33,7 +34,10 @@ pub use self::{
     config::NcclConfig,
     library::{CudaRuntime, NcclLibrary},
 };
-use super::{AbortHandle, Collective, CollectiveError, DeviceCollective, DeviceValues, PendingReduce, Ring};
+use super::{
+    AbortHandle, Collective, CollectiveError, DeviceCollective, DeviceValues, EndedWord, HostStream,
+    PendingReduce, Ring,
+};
 
 const FORMING: &str = "forming the NCCL group";
 
@@ -41,6 +45,7 @@ const FORMING: &str = "forming the NCCL group";
 #[derive(Debug)]
 pub struct Nccl {
     group: Group,
+    ended: EndedWord,
 }
 
 #[derive(Debug)]
@@ -62,8 +67,9 @@ impl Nccl {
     /// What kept it from forming within the limits, naming the rank where that is known. The ring is over then, so all
     /// ranks hear of it.
     pub fn form(ring: Ring, config: &NcclConfig) -> Result<Self, CollectiveError> {
+        let ended = ended::new_word(&config.cuda).map_err(|error| ring.fail(error).during(FORMING))?;
         if ring.world() == 1 {
-            return Ok(Self { group: Group::Alone(ring) });
+            return Ok(Self { group: Group::Alone(ring), ended });
         }
         let id = match agree_on_id(&ring, config) {
             Ok(id) => id,
@@ -73,7 +79,7 @@ impl Nccl {
             Ok(comm) => comm,
             Err(fault) => return Err(ring.fail_unless_told(fault.to_error(FORMING)).during(FORMING)),
         };
-        let shared = Arc::new(Shared::new(ring, comm, config));
+        let shared = Arc::new(Shared::new(ring, comm, config, ended.clone()));
         let formed = shared.until_ready(FORMING, config.init_timeout);
         // Nobody starts before everybody has joined, so that the blame for a missing rank goes around.
         let formed = formed.and_then(|()| shared.ring.barrier().map_err(|error| error.during(FORMING)));
@@ -85,9 +91,9 @@ impl Nccl {
             })
         });
         match watchdog {
-            Ok(watchdog) => Ok(Self { group: Group::Many { shared, watchdog: Some(watchdog) } }),
+            Ok(watchdog) => Ok(Self { group: Group::Many { shared, watchdog: Some(watchdog) }, ended }),
             Err(error) => {
-                shared.release(Communicator::abort);
+                shared.abort();
                 Err(error)
             }
         }
@@ -154,6 +160,17 @@ impl DeviceCollective for Nccl {
             Group::Many { shared, .. } if values.len > 0 => unsafe { shared.enqueue(values, stream) },
             // No values are summed on all ranks alike.
             _ => self.ring().failure().map_or(Ok(()), |failure| Err(failure.during("all_reduce on the GPU"))),
+        }
+    }
+
+    fn ended(&self) -> EndedWord {
+        self.ended.clone()
+    }
+
+    fn on_host(&self) -> Option<&dyn HostStream> {
+        match &self.group {
+            Group::Alone(_) => None,
+            Group::Many { shared, .. } => shared.host.as_deref(),
         }
     }
 

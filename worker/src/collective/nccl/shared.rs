@@ -17,7 +17,7 @@ use super::{
     communicator::Communicator,
     events::{Events, Mark},
 };
-use crate::collective::{CollectiveError, DeviceKind, DeviceValues, Ring};
+use crate::collective::{CollectiveError, DeviceKind, DeviceValues, EndedWord, HostStream, Ring};
 
 const ENQUEUING: &str = "all_reduce on the GPU";
 
@@ -36,6 +36,10 @@ pub(super) struct Shared {
     pub comm: Communicator,
     pub config: NcclConfig,
     pub events: Events,
+    /// Tells this rank's stream that the group is over.
+    pub ended: EndedWord,
+    /// What takes the place of a GPU's stream, in tests.
+    pub host: Option<Box<dyn HostStream>>,
     /// Held by whoever calls a function of `comm`.
     turn: Mutex<()>,
     sums: Mutex<Sums>,
@@ -88,13 +92,15 @@ pub(super) enum Front {
 }
 
 impl Shared {
-    pub(super) fn new(ring: Ring, comm: Communicator, config: &NcclConfig) -> Self {
+    pub(super) fn new(ring: Ring, comm: Communicator, config: &NcclConfig, ended: EndedWord) -> Self {
         let events = Events::new(Arc::clone(&config.cuda));
         Self {
             ring,
             comm,
             config: config.clone(),
             events,
+            ended,
+            host: config.host_stream.map(|make| make()),
             turn: Mutex::default(),
             sums: Mutex::default(),
             changed: Condvar::new(),
@@ -169,7 +175,15 @@ impl Shared {
 
     /// What ended the group, told from `operation`.
     pub(super) fn check(&self, operation: &str) -> Result<(), CollectiveError> {
-        self.ring.failure().map_or(Ok(()), |failure| Err(failure.during(operation)))
+        if let Some(failure) = self.ring.failure() {
+            return Err(failure.during(operation));
+        }
+        // Nothing may be asked of it any more, whatever the ring knows.
+        if self.sums().is_released {
+            let reason = "the communicator has ended".to_owned();
+            return Err(CollectiveError::Aborted { operation: operation.to_owned(), reason });
+        }
+        Ok(())
     }
 
     /// Waits until what was begun on the communicator is under way on the device. Ends the group if it is not
@@ -271,6 +285,13 @@ impl Shared {
         sums.unwrap_or_else(PoisonError::into_inner).0.is_closing
     }
 
+    /// Ends the communicator although sums may be under way: see [`Shared::release`]. The ring is over.
+    pub(super) fn abort(self: &Arc<Self>) {
+        // First of all: what the stream does behind sums that are ended now must not count.
+        self.ended.set();
+        self.release(Communicator::abort);
+    }
+
     /// Ends the communicator by `free`, on a thread of its own and within the limit; past that, the last resort. The
     /// ring is over or no longer needed.
     pub(super) fn release(self: &Arc<Self>, free: fn(&Communicator)) {
@@ -303,6 +324,12 @@ impl Shared {
         }
         self.sums().is_released = true;
         self.changed.notify_all();
+    }
+
+    /// Sums that were enqueued so far.
+    #[cfg(test)]
+    pub(super) fn begun(&self) -> u64 {
+        self.sums().begun
     }
 
     fn sums(&self) -> MutexGuard<'_, Sums> {

@@ -50,7 +50,7 @@ pub(super) fn watch(shared: &Arc<Shared>) {
     if is_peace && is_finalized(shared) {
         shared.release(Communicator::destroy);
     } else {
-        shared.release(Communicator::abort);
+        shared.abort();
     }
 }
 

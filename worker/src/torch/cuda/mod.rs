@@ -13,8 +13,9 @@ use tch::Device;
 
 pub use error::CudaError;
 pub use event::Event;
-pub use graph::Graph;
+pub use graph::{Graph, StreamCapture};
 pub use load::{is_loaded, load, open_libraries};
+pub use record::{Capture, Cut, Program, record};
 
 use super::{TorchError, check, ffi};
 
@@ -22,6 +23,7 @@ mod error;
 mod event;
 mod graph;
 mod load;
+mod record;
 
 /// The first architecture that the wheel's kernels are built for: Turing.
 const OLDEST_CAPABILITY: (u32, u32) = (7, 5);
