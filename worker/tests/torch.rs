@@ -43,16 +43,16 @@ fn guard_judges_loss_gradients_and_what_was_refused_before() {
     let result = |guard: &Guard| {
         (guard.found.double_value(&[]), guard.index.int64_value(&[]), guard.frozen.double_value(&[]))
     };
-    torch::guard(&[&one, &two], &Tensor::from(1.0f32), &guard, true).unwrap();
+    torch::guard(&[&one, &two], &Tensor::from(1.0f32), None, &guard, true).unwrap();
     assert_eq!(result(&guard), (0.0, 2, 0.0));
     drop(two.get(69).fill_(f64::INFINITY));
-    torch::guard(&[&one, &two], &Tensor::from(1.0f32), &guard, false).unwrap();
+    torch::guard(&[&one, &two], &Tensor::from(1.0f32), None, &guard, false).unwrap();
     assert_eq!(result(&guard), (1.0, 1, 0.0));
-    torch::guard(&[&one], &Tensor::from(f32::NAN), &guard, true).unwrap();
+    torch::guard(&[&one], &Tensor::from(f32::NAN), None, &guard, true).unwrap();
     assert_eq!(result(&guard), (1.0, 1, 1.0), "the loss has the index behind all gradients");
-    torch::guard(&[&one], &Tensor::from(1.0f32), &guard, true).unwrap();
+    torch::guard(&[&one], &Tensor::from(1.0f32), None, &guard, true).unwrap();
     assert_eq!(result(&guard), (1.0, 1, 1.0), "what was refused once freezes what follows");
-    let error = torch::guard(&[&Tensor::from(1i64)], &Tensor::from(1.0f32), &guard, true).unwrap_err();
+    let error = torch::guard(&[&Tensor::from(1i64)], &Tensor::from(1.0f32), None, &guard, true).unwrap_err();
     assert!(error.message.contains("float, double or bfloat16"), "{error}");
 }
 
