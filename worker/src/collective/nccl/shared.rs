@@ -43,6 +43,7 @@ pub(super) struct Shared {
     /// Held by whoever calls a function of `comm`.
     turn: Mutex<()>,
     sums: Mutex<Sums>,
+    looks: Mutex<Looks>,
     /// `sums` has changed.
     changed: Condvar,
 }
@@ -56,6 +57,16 @@ struct Sums {
     /// The communicator is gone.
     is_released: bool,
 }
+
+/// Looks of the watchdog, and those that found the stream in a sum. Older ones fade.
+#[derive(Debug, Default)]
+struct Looks {
+    all: f64,
+    summing: f64,
+}
+
+/// What is left of a look's weight after the next one: a hundred of them, a second's, count for most.
+const FADING: f64 = 0.99;
 
 /// A sum under way.
 #[derive(Debug)]
@@ -103,6 +114,7 @@ impl Shared {
             host: config.host_stream.map(|make| make()),
             turn: Mutex::default(),
             sums: Mutex::default(),
+            looks: Mutex::default(),
             changed: Condvar::new(),
         }
     }
@@ -262,6 +274,20 @@ impl Shared {
         } else {
             Front::Computing(operation)
         })
+    }
+
+    /// Takes down where the watchdog found the stream.
+    pub(super) fn note_look(&self, front: &Front) {
+        let mut looks = lock(&self.looks);
+        let is_summing = matches!(front, Front::Summing(_));
+        looks.all = looks.all * FADING + 1.0;
+        looks.summing = looks.summing * FADING + f64::from(u8::from(is_summing));
+    }
+
+    /// See [`crate::collective::DeviceCollective::summing_share`].
+    pub(super) fn summing_share(&self) -> f64 {
+        let looks = lock(&self.looks);
+        if looks.all == 0.0 { 0.0 } else { looks.summing / looks.all }
     }
 
     /// Whether the communicator has a fault that it found by itself. Looks only if nobody else uses it: who does
