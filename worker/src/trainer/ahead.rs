@@ -33,7 +33,7 @@ struct Pending {
 }
 
 /// Steps that are handed over in one go.
-struct Flight {
+struct Pipeline {
     pending: VecDeque<Pending>,
     next: u64,
     /// The first vote that was won, and the first step that is not handed over because of it.
@@ -71,8 +71,8 @@ impl Trainer {
     /// As a step's.
     pub(super) fn train_ahead(&mut self, commands: &Receiver<Command>) -> Result<Option<End>, JobError> {
         let next = self.position().0;
-        let mut flight =
-            Flight { pending: VecDeque::new(), next, won: None, is_cut_off: false, failed: None };
+        let mut pipeline =
+            Pipeline { pending: VecDeque::new(), next, won: None, is_cut_off: false, failed: None };
         tracing::info!(
             "whole steps are handed over from step {} on, in a group of {}",
             next + 1,
@@ -84,24 +84,24 @@ impl Trainer {
             if self.exchange.is_alone()
                 && let Err(error) = self.exchange.collective().barrier()
             {
-                flight.failed.get_or_insert(error.into());
+                pipeline.failed.get_or_insert(error.into());
             }
-            let goes_on = self.goes_on(&flight);
-            if goes_on && (flight.pending.is_empty() || !self.is_boundary(flight.next)) {
-                match self.hand_over(flight.next) {
+            let goes_on = self.goes_on(&pipeline);
+            if goes_on && (pipeline.pending.is_empty() || !self.is_boundary(pipeline.next)) {
+                match self.hand_over(pipeline.next) {
                     Ok(pending) => {
-                        flight.is_cut_off = pending.ticket.has_failed();
-                        flight.pending.push_back(pending);
-                        flight.next += 1;
+                        pipeline.is_cut_off = pending.ticket.has_failed();
+                        pipeline.pending.push_back(pending);
+                        pipeline.next += 1;
                     }
-                    Err(error) => flight.failed = Some(error),
+                    Err(error) => pipeline.failed = Some(error),
                 }
                 continue;
             }
-            let Some(oldest) = flight.pending.pop_front() else { return self.land(flight) };
-            if let Err(error) = self.take_in_step(oldest, &mut flight.won) {
+            let Some(oldest) = pipeline.pending.pop_front() else { return self.after(pipeline) };
+            if let Err(error) = self.take_in_step(oldest, &mut pipeline.won) {
                 // Nothing behind it was applied. It is waited for all the same: it has the step's memory.
-                for behind in flight.pending {
+                for behind in pipeline.pending {
                     drop(self.settled(behind.ticket));
                 }
                 return Err(error);
@@ -110,8 +110,8 @@ impl Trainer {
     }
 
     /// Whether the next step is to be handed over, as soon as there is room for it.
-    fn goes_on(&self, flight: &Flight) -> bool {
-        let Flight { pending, next, won, is_cut_off, failed } = flight;
+    fn goes_on(&self, pipeline: &Pipeline) -> bool {
+        let Pipeline { pending, next, won, is_cut_off, failed } = pipeline;
         // Whoever is told of a newer group leaves this one, which ends it for all.
         self.now.is_none()
             && failed.is_none()
@@ -123,15 +123,15 @@ impl Trainer {
     }
 
     /// What follows when no step is under way any more.
-    fn land(&mut self, flight: Flight) -> Result<Option<End>, JobError> {
-        if let Some(error) = flight.failed {
+    fn after(&mut self, pipeline: Pipeline) -> Result<Option<End>, JobError> {
+        if let Some(error) = pipeline.failed {
             return Err(error);
         }
         // A vote whose last step cannot be handed over is cast again in that step.
-        let Some((votes, _)) = flight.won.filter(|&(_, first_not)| flight.next == first_not) else {
+        let Some((votes, _)) = pipeline.won.filter(|&(_, first_not)| pipeline.next == first_not) else {
             return Ok(None);
         };
-        if flight.next >= self.parts.target_steps {
+        if pipeline.next >= self.parts.target_steps {
             return Ok(None);
         }
         if votes.stop > 0.0 {

@@ -9,7 +9,7 @@ use takuma_core::ids::Generation;
 use tch::Tensor;
 
 use crate::collective::{Collective, CollectiveError, DeviceCollective, DeviceKind, DeviceValues, Loopback};
-use crate::torch::cuda::{self, Capture, Cut, Program};
+use crate::torch::cuda::{self, Capture, Program, Recording};
 use crate::torch::{DeviceSumReducer, SumReducer, TorchError};
 
 /// The collective of the group that this worker is in at the moment, plus what the step loop wants to
@@ -19,7 +19,7 @@ pub struct Exchange {
     current: Mutex<Current>,
     waited_ns: AtomicU64,
     /// While a step is recorded: where its sums go instead.
-    recording: Mutex<Option<Arc<dyn Cut<DeviceSum>>>>,
+    recording: Mutex<Option<Arc<dyn Recording<DeviceSum>>>>,
 }
 
 #[derive(Debug)]
@@ -125,7 +125,7 @@ impl Exchange {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn recording(&self) -> MutexGuard<'_, Option<Arc<dyn Cut<DeviceSum>>>> {
+    fn recording(&self) -> MutexGuard<'_, Option<Arc<dyn Recording<DeviceSum>>>> {
         self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -144,7 +144,7 @@ impl Exchange {
         let sum = DeviceSum { values, stream };
         let recording = self.recording().clone();
         match recording {
-            Some(recording) => recording.cut(sum).map_err(|error| CollectiveError::Local {
+            Some(recording) => recording.sum(sum).map_err(|error| CollectiveError::Local {
                 operation: "recording a step".to_owned(),
                 detail: error.to_string(),
                 source: None,
@@ -196,9 +196,9 @@ impl Exchange {
                 *self.0.recording() = None;
             }
         }
-        cuda::record(capture, |cut| {
+        cuda::record(capture, |recording| {
             let _open = Open(self);
-            *self.recording() = Some(cut);
+            *self.recording() = Some(recording);
             body()
         })
     }
