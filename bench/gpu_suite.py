@@ -139,20 +139,22 @@ def cards(suite):
     return sum(one["name"].startswith("cuda:") and one["usable"] for one in devices)
 
 
-def pair(suite, data, name, check, devices):
+def pair(suite, data, name, check, devices, steps):
     """Two workers train together; one is killed, the other goes on."""
     try:
         _, workers = suite.start_cluster(name, devices)
-        submitted = suite.takuma("run", "submit", "dcgan-tiny", "--name", name, "--data", data, "--steps", "300",
+        submitted = suite.takuma("run", "submit", "dcgan-tiny", "--name", name, "--data", data, "--steps", str(steps),
                                  "--workers", "2", "-y", "-d")
         if not submitted or submitted.returncode != 0:
             raise RuntimeError(submitted.stderr.strip() if submitted else "no answer")
         suite.wait("step 30", lambda: (suite.json("run", "show", name) or {}).get("step", 0) >= 30, 60)
         workers[1].kill()
+        if (suite.json("run", "show", name) or {}).get("status") == "succeeded":
+            raise RuntimeError(f"{steps} steps were over before anybody was killed")
         ended = suite.takuma("run", "wait", name, limit_s=90)
         audited = suite.takuma("run", "audit", name)
         well = all(ran and ran.returncode == 0 for ran in (ended, audited))
-        suite.row(check, "300 steps, audit clean" if well else "FAILED", failed=not well)
+        suite.row(check, f"{steps} steps, audit clean" if well else "FAILED", failed=not well)
         if not well:
             suite.last_words(f"{name}-coordinator", f"{name}-0")
     except (TimeoutError, RuntimeError) as error:
@@ -232,10 +234,11 @@ def main():
             suite.row("dataset", "FAILED" if drawn else "not drawn in its time", failed=True)
             return 1
         check = "two workers on one GPU over the ring; one is killed, the other goes on"
-        pair(suite, data, "pair", check, [suite.device] * 2)
+        pair(suite, data, "pair", check, [suite.device] * 2, 300)
         check = "two GPUs hand over whole steps; one's worker is killed, the other goes on"
         if cards(suite) >= 2:
-            pair(suite, data, "cards", check, ["cuda:0", "cuda:1"])
+            # Long enough that somebody can be killed in the middle: a step takes a millisecond or two.
+            pair(suite, data, "cards", check, ["cuda:0", "cuda:1"], 20000)
         else:
             suite.row(check, "skipped: it needs two GPUs")
         exact_on_one_card(suite, data)

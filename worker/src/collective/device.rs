@@ -157,6 +157,12 @@ pub trait DeviceCollective: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Which part of the last second this rank's stream spent in sums, waiting for the others included: 0 to 1, seen by
+    /// looking a hundred times a second.
+    fn summing_share(&self) -> f64 {
+        0.0
+    }
+
     /// Waits until all sums that were enqueued so far are done, and tells whether they may be believed. When
     /// it returns, with whatever result, none of them touches its values any more.
     ///

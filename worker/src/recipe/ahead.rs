@@ -31,8 +31,11 @@ use crate::trainer::DeviceSum;
 const WARM_UP_STEPS: u32 = 3;
 
 /// A GPU that is still at a step by then is stuck: it takes milliseconds, and cuDNN's first choice of algorithms
-/// and the kernels' compilation some seconds.
+/// and the kernels' compilation some seconds. In a group the waits for the others are borne on top of it.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+/// So many times the exchange's timeout a step may wait for the others before its group has ended for all: a rank
+/// blames its own GPU after two.
+const EXCHANGE_TIMEOUTS: u32 = 3;
 
 /// Images and noise of a step, for the device to fetch, and what this worker has to say in it.
 pub struct StepInput {
@@ -241,7 +244,9 @@ impl Dcgan {
     /// # Errors
     /// libtorch's, when the device fails.
     pub fn settle(&self, mut ticket: Ticket) -> Result<Option<Settled>, TorchError> {
-        if !ticket.event.wait(Instant::now() + STEP_TIMEOUT)? {
+        let for_others = if self.exchange.is_alone() { Duration::ZERO } else { self.exchange_timeout };
+        let deadline = Instant::now() + STEP_TIMEOUT + for_others * EXCHANGE_TIMEOUTS;
+        if !ticket.event.wait(deadline)? {
             // Its memory is still written to.
             std::mem::forget(ticket);
             return Ok(None);

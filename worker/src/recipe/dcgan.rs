@@ -8,6 +8,7 @@
 //! Radford et al. 2016; Goodfellow et al. 2014 (non-saturating loss).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use takuma_core::config::{OnNan, Recipe, RunConfig};
 use tch::Tensor;
@@ -80,6 +81,7 @@ pub struct Dcgan {
     pub(super) records: bool,
     image_size: i64,
     on_nan: OnNan,
+    pub(super) exchange_timeout: Duration,
 }
 
 impl Dcgan {
@@ -109,6 +111,7 @@ impl Dcgan {
             records: true,
             image_size: i64::from(config.recipe.image_size()),
             on_nan: config.on_nan,
+            exchange_timeout: Duration::from_millis(config.exchange_timeout_ms),
             state,
         }
     }

@@ -35,9 +35,9 @@ struct Pending {
     picture: Option<Picture>,
 }
 
-/// Steps that are handed over in one go.
-struct Flight {
-    pending: VecDeque<Pending>,
+/// Steps that are handed over in one go, and those of them that are under way.
+struct Pipeline<P> {
+    pending: VecDeque<P>,
     next: u64,
     /// The first vote that was won, and the first step that is not handed over because of it.
     won: Option<(Votes, u64)>,
@@ -45,6 +45,36 @@ struct Flight {
     is_cut_off: bool,
     /// Why this ends.
     failed: Option<JobError>,
+}
+
+impl<P> Pipeline<P> {
+    /// Begins with step index `next`.
+    fn new(next: u64) -> Self {
+        Self { pending: VecDeque::new(), next, won: None, is_cut_off: false, failed: None }
+    }
+
+    /// Whether the next step may be handed over now, as far as the steps before it say.
+    fn is_open(&self) -> bool {
+        self.failed.is_none()
+            && !self.is_cut_off
+            && self.pending.len() < STEPS_AHEAD
+            && self.won.is_none_or(|(_, first_not)| self.next < first_not)
+    }
+
+    fn push(&mut self, pending: P) {
+        self.pending.push_back(pending);
+        self.next += 1;
+    }
+
+    /// A vote was won in `step`. Another member may have handed over the step behind it before it knew, so all do.
+    fn win(&mut self, step: u64, votes: Votes) {
+        self.won.get_or_insert((votes, step + STEPS_AHEAD as u64));
+    }
+
+    /// The vote that was won, if all steps before it takes effect were handed over.
+    fn verdict(&self) -> Option<Votes> {
+        self.won.filter(|&(_, first_not)| self.next == first_not).map(|(votes, _)| votes)
+    }
 }
 
 impl Trainer {
@@ -74,8 +104,7 @@ impl Trainer {
     /// As a step's.
     pub(super) fn train_ahead(&mut self, commands: &Receiver<Command>) -> Result<Option<End>, JobError> {
         let next = self.position().0;
-        let mut flight =
-            Flight { pending: VecDeque::new(), next, won: None, is_cut_off: false, failed: None };
+        let mut pipeline = Pipeline::new(next);
         tracing::info!(
             "whole steps are handed over from step {} on, in a group of {}",
             next + 1,
@@ -87,24 +116,23 @@ impl Trainer {
             if self.exchange.is_alone()
                 && let Err(error) = self.exchange.collective().barrier()
             {
-                flight.failed.get_or_insert(error.into());
+                pipeline.failed.get_or_insert(error.into());
             }
-            if self.goes_on(&flight) {
+            if self.goes_on(&pipeline) {
                 self.parts.spool.pace();
-                match self.hand_over(flight.next) {
+                match self.hand_over(pipeline.next) {
                     Ok(pending) => {
-                        flight.is_cut_off = pending.ticket.has_failed();
-                        flight.pending.push_back(pending);
-                        flight.next += 1;
+                        pipeline.is_cut_off = pending.ticket.has_failed();
+                        pipeline.push(pending);
                     }
-                    Err(error) => flight.failed = Some(error),
+                    Err(error) => pipeline.failed = Some(error),
                 }
                 continue;
             }
-            let Some(oldest) = flight.pending.pop_front() else { return self.land(flight) };
-            if let Err(error) = self.take_in_step(oldest, &mut flight.won) {
+            let Some(oldest) = pipeline.pending.pop_front() else { return self.after(pipeline) };
+            if let Err(error) = self.take_in_step(oldest, &mut pipeline) {
                 // Nothing behind it was applied. It is waited for all the same: it has the step's memory.
-                for behind in flight.pending {
+                for behind in pipeline.pending {
                     drop(self.settled(behind.ticket));
                 }
                 return Err(error);
@@ -113,28 +141,23 @@ impl Trainer {
     }
 
     /// Whether the next step is to be handed over, as soon as there is room for it.
-    fn goes_on(&self, flight: &Flight) -> bool {
-        let Flight { pending, next, won, is_cut_off, failed } = flight;
+    fn goes_on(&self, pipeline: &Pipeline<Pending>) -> bool {
         // Whoever is told of a newer group leaves this one, which ends it for all.
         self.now.is_none()
-            && failed.is_none()
-            && !is_cut_off
-            && pending.len() < STEPS_AHEAD
-            && *next < self.parts.target_steps
-            && won.is_none_or(|(_, first_not)| *next < first_not)
-            && !self.is_passed_over(*next)
+            && pipeline.is_open()
+            && pipeline.next < self.parts.target_steps
+            && !self.is_passed_over(pipeline.next)
     }
 
     /// What follows when no step is under way any more.
-    fn land(&mut self, flight: Flight) -> Result<Option<End>, JobError> {
-        if let Some(error) = flight.failed {
+    fn after(&mut self, pipeline: Pipeline<Pending>) -> Result<Option<End>, JobError> {
+        let (verdict, next) = (pipeline.verdict(), pipeline.next);
+        if let Some(error) = pipeline.failed {
             return Err(error);
         }
         // A vote whose last step cannot be handed over is cast again in that step.
-        let Some((votes, _)) = flight.won.filter(|&(_, first_not)| flight.next == first_not) else {
-            return Ok(None);
-        };
-        if flight.next >= self.parts.target_steps {
+        let Some(votes) = verdict else { return Ok(None) };
+        if next >= self.parts.target_steps {
             return Ok(None);
         }
         if votes.stop > 0.0 {
@@ -160,7 +183,7 @@ impl Trainer {
     }
 
     /// Waits for a step and does what follows it, as far as it was made.
-    fn take_in_step(&mut self, pending: Pending, won: &mut Option<(Votes, u64)>) -> Result<(), JobError> {
+    fn take_in_step(&mut self, pending: Pending, pipeline: &mut Pipeline<Pending>) -> Result<(), JobError> {
         let Pending { step, begun, data_s, ready_for, ticket, picture } = pending;
         let settled = self.settled(ticket)?;
         let votes = settled.votes;
@@ -174,7 +197,7 @@ impl Trainer {
         let world = f64::from(self.exchange.collective().world());
         let is_change = ready_for > 0 && votes.ready_for == ready_for as f64 * world;
         if votes.stop > 0.0 || is_change {
-            won.get_or_insert((votes, step + STEPS_AHEAD as u64));
+            pipeline.win(step, votes);
         }
         Ok(())
     }
@@ -226,5 +249,53 @@ fn error_of(error: PhaseError) -> JobError {
         PhaseError::Exchange(error) => error.into(),
         PhaseError::Torch(error) => error.into(),
         PhaseError::NotFinite { .. } => unreachable!("a step that is handed over looks at no number"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Steps that a member hands over when a vote is won in step `won_in`. It waits for all steps under way before
+    /// those of `waits_before`.
+    fn handed_over(won_in: u64, waits_before: &[u64]) -> Vec<u64> {
+        let mut pipeline = Pipeline::new(0);
+        let mut handed_over = Vec::new();
+        loop {
+            let waits = waits_before.contains(&pipeline.next) && !pipeline.pending.is_empty();
+            if pipeline.is_open() && !waits {
+                handed_over.push(pipeline.next);
+                pipeline.push(pipeline.next);
+                continue;
+            }
+            let Some(step) = pipeline.pending.pop_front() else { break };
+            // Who has won goes on winning until it takes effect.
+            if step >= won_in {
+                pipeline.win(step, Votes { step, stop: 1.0, ..Votes::default() });
+            }
+        }
+        assert_eq!(pipeline.verdict().map(|votes| votes.step), Some(won_in), "the first vote counts");
+        handed_over
+    }
+
+    #[test]
+    fn members_that_wait_at_different_steps_hand_over_the_same_ones() {
+        for won_in in 0..4 {
+            let expected: Vec<u64> = (0..won_in + 2).collect();
+            for waiting in 0..64u64 {
+                let waits_before: Vec<u64> = (0..6).filter(|step| waiting >> step & 1 == 1).collect();
+                assert_eq!(handed_over(won_in, &waits_before), expected, "waits before {waits_before:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_handed_over_behind_a_failure() {
+        let mut pipeline = Pipeline::new(5);
+        pipeline.push(5);
+        assert!(pipeline.is_open());
+        pipeline.is_cut_off = true;
+        assert!(!pipeline.is_open());
+        assert!(pipeline.verdict().is_none());
     }
 }

@@ -1,7 +1,7 @@
 //! [`DeviceBuckets`]: gradients that are summed where they are, in a GPU's memory.
 //!
-//! The same buckets in the same order as on the host, each in one piece of device memory that stays. Nothing is
-//! waited for until the pass is finished.
+//! The buckets that leave one by one on the host lie in one piece of device memory here, and are one sum: in the order of a
+//! stream nothing runs beside a sum, so several would only be launched more often. Nothing is waited for.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,8 +20,10 @@ pub(super) struct DeviceBuckets {
 
 #[derive(Debug)]
 struct Inner {
-    /// By bucket, f32 `[length]`.
-    memory: Vec<Tensor>,
+    /// All buckets, f32.
+    memory: Tensor,
+    /// Where each begins.
+    starts: Vec<i64>,
     pass: Option<Pass>,
 }
 
@@ -30,10 +32,8 @@ struct Inner {
 struct Pass {
     exchange: Arc<Exchange>,
     collective: Arc<dyn Collective>,
-    /// By bucket: gradients that it still waits for.
-    missing: Vec<usize>,
-    /// Buckets whose sums are under way.
-    started: usize,
+    /// Gradients that it still waits for.
+    missing: usize,
 }
 
 /// What became of a gradient.
@@ -44,15 +44,22 @@ pub(super) enum Given {
     Taken,
     /// libtorch failed.
     Torch(TorchError),
-    /// The sum of a bucket could not be started.
+    /// Their sum could not be started.
     Exchange(CollectiveError),
 }
 
 impl DeviceBuckets {
     /// Buckets of these lengths on `device`.
     pub(super) fn new(lengths: &[usize], device: Device) -> Self {
-        let memory = lengths.iter().map(|&length| Tensor::empty([length as i64], (Kind::Float, device)));
-        Self { inner: Mutex::new(Inner { memory: memory.collect(), pass: None }) }
+        let mut total = 0;
+        let mut start = |&length: &usize| {
+            let start = total;
+            total += length as i64;
+            start
+        };
+        let starts = lengths.iter().map(&mut start).collect();
+        let memory = Tensor::empty([total], (Kind::Float, device));
+        Self { inner: Mutex::new(Inner { memory, starts, pass: None }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -61,28 +68,26 @@ impl DeviceBuckets {
 
     /// Gets ready for a backward pass in the group of the moment, whose `collective` sums on devices.
     pub(super) fn begin(&self, exchange: &Arc<Exchange>, collective: Arc<dyn Collective>, places: &[Place]) {
-        let mut inner = self.lock();
-        let mut missing = vec![0; inner.memory.len()];
-        for place in places {
-            missing[place.bucket] += 1;
-        }
-        inner.pass = Some(Pass { exchange: Arc::clone(exchange), collective, missing, started: 0 });
+        let missing = places.len();
+        self.lock().pass = Some(Pass { exchange: Arc::clone(exchange), collective, missing });
     }
 
-    /// Puts a gradient into its bucket and starts what is full by that. Called where the gradient was made: on its
-    /// stream.
+    /// Puts a gradient into its bucket, and starts the sum of all with the last one. Called where the gradient was made:
+    /// on its stream.
     pub(super) fn give(&self, place: &Place, gradient: &Tensor) -> Given {
-        let Inner { memory, pass } = &mut *self.lock();
-        let Some(pass) = pass.as_mut() else { return Given::NotWanted };
-        if let Err(error) = view(memory, place).f_copy_(gradient) {
+        let inner = &mut *self.lock();
+        if inner.pass.is_none() {
+            return Given::NotWanted;
+        }
+        if let Err(error) = inner.view(place).f_copy_(gradient) {
             return Given::Torch(TorchError { operation: "filling a bucket", message: error.to_string() });
         }
-        pass.missing[place.bucket] -= 1;
-        while pass.missing.get(pass.started) == Some(&0) {
-            if let Err(error) = pass.start(&memory[pass.started]) {
-                return Given::Exchange(error);
-            }
-            pass.started += 1;
+        let Some(pass) = &mut inner.pass else { return Given::NotWanted };
+        pass.missing -= 1;
+        if pass.missing == 0
+            && let Err(error) = pass.start(&inner.memory)
+        {
+            return Given::Exchange(error);
         }
         Given::Taken
     }
@@ -90,10 +95,10 @@ impl DeviceBuckets {
     /// The sums of the pass, if one is under way on the device, by parameter. They are there when the stream has come to
     /// this place, and mean something only if the group has not ended by then.
     pub(super) fn finish(&self, places: &[Place]) -> Option<Vec<Tensor>> {
-        let Inner { memory, pass } = &mut *self.lock();
-        let pass = pass.take()?;
-        assert_eq!(pass.started, memory.len(), "backward reached every parameter");
-        Some(places.iter().map(|place| view(memory, place)).collect())
+        let inner = &mut *self.lock();
+        let pass = inner.pass.take()?;
+        assert_eq!(pass.missing, 0, "backward reached every parameter");
+        Some(places.iter().map(|place| inner.view(place)).collect())
     }
 
     /// Forgets the pass. Sums that are under way end before their group does.
@@ -106,20 +111,23 @@ impl DeviceBuckets {
     }
 }
 
-/// A gradient inside of its bucket, strided like its parameter.
-fn view(memory: &[Tensor], place: &Place) -> Tensor {
-    memory[place.bucket].as_strided(&place.size, &place.strides, place.offset as i64)
+impl Inner {
+    /// A gradient inside of its bucket, strided like its parameter.
+    fn view(&self, place: &Place) -> Tensor {
+        let offset = self.starts[place.bucket] + place.offset as i64;
+        self.memory.as_strided(&place.size, &place.strides, offset)
+    }
 }
 
 impl Pass {
-    fn start(&self, bucket: &Tensor) -> Result<(), CollectiveError> {
+    fn start(&self, buckets: &Tensor) -> Result<(), CollectiveError> {
         let Some(device) = self.collective.on_device() else {
             unreachable!("a pass on the device begins in a group that sums there")
         };
-        let values = DeviceValues { ptr: bucket.data_ptr(), len: bucket.numel(), kind: DeviceKind::F32 };
+        let values = DeviceValues { ptr: buckets.data_ptr(), len: buckets.numel(), kind: DeviceKind::F32 };
         let stream = stream_of(device)?;
-        // SAFETY: the bucket is dense f32 on this thread's device and lives as long as the buckets do, which outlive
-        // every program over them; it is filled again in the order of the stream, and only there.
+        // SAFETY: dense f32 on this thread's device, which lives as long as the networks' hooks and so outlives every
+        // program over it; it is filled again in the order of the stream, and only there.
         unsafe { self.exchange.enqueue(values, stream) }
     }
 }

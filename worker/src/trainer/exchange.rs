@@ -9,7 +9,7 @@ use takuma_core::ids::Generation;
 use tch::Tensor;
 
 use crate::collective::{Collective, CollectiveError, DeviceCollective, DeviceKind, DeviceValues, Loopback};
-use crate::torch::cuda::{self, Capture, Cut, Program};
+use crate::torch::cuda::{self, Capture, Program, Recording};
 use crate::torch::{DeviceSumReducer, SumReducer, TorchError};
 
 /// The collective of the group that this worker is in at the moment, plus what the step loop wants to
@@ -19,7 +19,7 @@ pub struct Exchange {
     current: Mutex<Current>,
     waited_ns: AtomicU64,
     /// While a step is recorded: where its sums go instead.
-    recording: Mutex<Option<Arc<dyn Cut<DeviceSum>>>>,
+    recording: Mutex<Option<Arc<dyn Recording<DeviceSum>>>>,
 }
 
 #[derive(Debug)]
@@ -110,17 +110,22 @@ impl Exchange {
         self.lock().error.take()
     }
 
-    /// Time waited since the last call.
+    /// How many of the last `step_s` seconds, since the last call, computing waited for exchanges: as counted, or, where
+    /// they were only enqueued on a device, as the group's watchdog saw it.
     #[must_use]
-    pub fn take_waited(&self) -> Duration {
-        Duration::from_nanos(self.waited_ns.swap(0, Ordering::Relaxed))
+    pub fn take_waited(&self, step_s: f64) -> f64 {
+        let counted = Duration::from_nanos(self.waited_ns.swap(0, Ordering::Relaxed)).as_secs_f64();
+        if counted > 0.0 {
+            return counted.min(step_s);
+        }
+        self.collective().on_device().map_or(0.0, |device| device.summing_share() * step_s)
     }
 
     fn lock(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn recording(&self) -> MutexGuard<'_, Option<Arc<dyn Cut<DeviceSum>>>> {
+    fn recording(&self) -> MutexGuard<'_, Option<Arc<dyn Recording<DeviceSum>>>> {
         self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -139,7 +144,7 @@ impl Exchange {
         let sum = DeviceSum { values, stream };
         let recording = self.recording().clone();
         match recording {
-            Some(recording) => recording.cut(sum).map_err(|error| CollectiveError::Local {
+            Some(recording) => recording.sum(sum).map_err(|error| CollectiveError::Local {
                 operation: "recording a step".to_owned(),
                 detail: error.to_string(),
                 source: None,
@@ -191,9 +196,9 @@ impl Exchange {
                 *self.0.recording() = None;
             }
         }
-        cuda::record(capture, |cut| {
+        cuda::record(capture, |recording| {
             let _open = Open(self);
-            *self.recording() = Some(cut);
+            *self.recording() = Some(recording);
             body()
         })
     }
@@ -224,11 +229,12 @@ impl DeviceSum {
             unreachable!("a pass does not outlive its group, which sums on the device")
         };
         // SAFETY: as the caller promises.
-        unsafe { device.all_reduce_on_device(self.values, self.stream) }?;
+        let enqueued = unsafe { device.all_reduce_on_device(self.values, self.stream) };
+        // Whatever came of it: one that is void may be under way, and the values are let go behind this.
         if let Some(host) = device.on_host() {
             host.wait();
         }
-        Ok(())
+        enqueued
     }
 }
 
@@ -279,5 +285,62 @@ impl DeviceSumReducer for Exchange {
 impl std::fmt::Debug for Exchange {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Exchange").field("current", &self.current).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::collective::Nccl;
+    use crate::collective::nccl::fake::form_on_hosts;
+    use crate::recipe::PhaseError;
+
+    /// Keeps nothing: what computes here is the test.
+    struct Nothing;
+
+    impl Capture for Nothing {
+        type Graph = ();
+
+        fn begin(&mut self) -> Result<(), TorchError> {
+            Ok(())
+        }
+        fn is_empty(&mut self) -> Result<bool, TorchError> {
+            Ok(false)
+        }
+        fn end(&mut self) -> Result<(), TorchError> {
+            Ok(())
+        }
+        fn abandon(&mut self) {}
+    }
+
+    #[test]
+    fn recorded_sums_are_made_when_they_are_replayed_until_their_group_ends() {
+        let rank = |member: Nccl| {
+            let abort = member.abort_handle();
+            let exchange = Exchange::new();
+            exchange.enter(Box::new(member));
+            let values = Tensor::from_slice(&[1.0, 3.0]);
+            let second = values.narrow(0, 1, 1);
+            let recorded = exchange.record(Nothing, || {
+                exchange.sum_tensor(&values)?;
+                Ok::<(), PhaseError>(exchange.sum_tensor(&second)?)
+            });
+            let mut program = recorded.unwrap();
+            assert_eq!(program.counts(), (3, 2));
+            assert_eq!(values, Tensor::from_slice(&[1.0, 3.0]), "nothing was summed yet");
+            exchange.sum_tensor(&values).unwrap();
+            assert_eq!(values, Tensor::from_slice(&[2.0, 6.0]), "the recording is over");
+            let mut replay = || exchange.replay(&mut program, |()| Ok::<(), PhaseError>(()));
+            replay().unwrap();
+            assert_eq!(values, Tensor::from_slice(&[4.0, 24.0]), "the second value twice");
+            exchange.collective().barrier().unwrap();
+            abort.abort("of the test");
+            assert!(matches!(replay().unwrap_err(), PhaseError::Exchange(CollectiveError::Aborted { .. })));
+        };
+        std::thread::scope(|scope| {
+            for member in form_on_hosts(2, Duration::from_secs(60)) {
+                scope.spawn(move || rank(member));
+            }
+        });
     }
 }

@@ -422,7 +422,7 @@ impl Trainer {
         let left_out = std::mem::take(&mut progressed.left_out).join("; ");
         let sums = std::mem::take(&mut progressed.sums);
         let [d, g1, g2] = sums.as_slice() else { return Ok(()) };
-        let exchange_s = self.exchange.take_waited().as_secs_f64().min(step_s);
+        let exchange_s = self.exchange.take_waited(step_s);
         let compute_s = (step_s - data_s - exchange_s).max(0.0);
         let receive_s = self.exchange.collective().take_receiving().as_secs_f64();
         self.parts.progress.finish_step(step + 1, [compute_s, data_s, exchange_s, receive_s]);

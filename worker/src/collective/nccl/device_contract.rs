@@ -1,5 +1,7 @@
 //! What every [`DeviceCollective`] must do, as far as it does not concern faults: those are in `faults.rs`.
 
+use std::time::{Duration, Instant};
+
 use super::{
     Nccl,
     fake::{Stream, form},
@@ -105,6 +107,25 @@ fn sums_are_done_in_the_order_of_the_stream() {
         assert!(values.iter().all(|&value| value == world.powi(3)));
     };
     on_all(sum, |_| {});
+}
+
+#[test]
+fn share_of_time_in_sums_is_that_of_who_waits() {
+    let members = form(2, |_| {});
+    let (slow, fast) = (Stream::new(), Stream::new());
+    slow.block(true);
+    let mut values = [[1.0f32; 10]; 2];
+    let [late, early] = &mut values;
+    slow.sum(&members[0], late, DeviceKind::F32).unwrap();
+    fast.sum(&members[1], early, DeviceKind::F32).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while members[1].summing_share() < 0.5 {
+        assert!(Instant::now() < deadline, "it is seen to wait");
+        std::thread::yield_now();
+    }
+    assert!(members[0].summing_share() < 0.1, "who is waited for computes");
+    slow.block(false);
+    together(members.iter().collect(), |member| member.settle().unwrap());
 }
 
 #[test]

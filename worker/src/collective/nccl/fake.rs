@@ -99,6 +99,11 @@ impl Nccl {
         call!(b"fake_rush"(self.shared().comm.handle() => *mut c_void));
     }
 
+    /// Tells this rank's device that the group is over, as the watchdog does before it ends the communicator.
+    pub(crate) fn tell_device(&self) {
+        self.shared().ended.set();
+    }
+
     /// Sums of this rank so far.
     pub(crate) fn begun(&self) -> u64 {
         self.shared().begun()

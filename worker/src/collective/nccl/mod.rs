@@ -174,6 +174,13 @@ impl DeviceCollective for Nccl {
         }
     }
 
+    fn summing_share(&self) -> f64 {
+        match &self.group {
+            Group::Alone(_) => 0.0,
+            Group::Many { shared, .. } => shared.summing_share(),
+        }
+    }
+
     fn settle(&self) -> Result<(), CollectiveError> {
         match &self.group {
             Group::Alone(ring) => ring.failure().map_or(Ok(()), Err),

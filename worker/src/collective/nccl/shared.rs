@@ -43,6 +43,7 @@ pub(super) struct Shared {
     /// Held by whoever calls a function of `comm`.
     turn: Mutex<()>,
     sums: Mutex<Sums>,
+    looks: Mutex<Looks>,
     /// `sums` has changed.
     changed: Condvar,
 }
@@ -56,6 +57,16 @@ struct Sums {
     /// The communicator is gone.
     is_released: bool,
 }
+
+/// Looks of the watchdog, and those that found the stream in a sum. Older ones fade.
+#[derive(Debug, Default)]
+struct Looks {
+    all: f64,
+    summing: f64,
+}
+
+/// What is left of a look's weight after the next one: a hundred of them, a second's, count for most.
+const FADING: f64 = 0.99;
 
 /// A sum under way.
 #[derive(Debug)]
@@ -103,6 +114,7 @@ impl Shared {
             host: config.host_stream.map(|make| make()),
             turn: Mutex::default(),
             sums: Mutex::default(),
+            looks: Mutex::default(),
             changed: Condvar::new(),
         }
     }
@@ -236,19 +248,46 @@ impl Shared {
     /// Forgets the sums that are done, and tells how far the oldest other one is.
     pub(super) fn front(&self) -> Result<Front, CollectiveError> {
         let mut sums = self.sums();
-        while let Some(sum) = sums.queue.front() {
-            let failed = |words| self.cuda_failed(sum.operation, words);
-            if !self.events.is_reached(&sum.after).map_err(failed)? {
-                let is_reached = self.events.is_reached(&sum.before).map_err(failed)?;
-                let operation = sum.operation;
-                return Ok(if is_reached { Front::Summing(operation) } else { Front::Computing(operation) });
-            }
-            if let Some(Sum { before, after, .. }) = sums.queue.pop_front() {
-                self.events.take_back(before);
-                self.events.take_back(after);
+        let is_reached = |sum: &Sum, mark: &Mark| {
+            self.events.is_reached(mark).map_err(|words| self.cuda_failed(sum.operation, words))
+        };
+        // A communicator's sums are done in their order. So some looks are enough, where whole steps are handed over a
+        // millisecond apart and have fifty sums each; whoever enqueues one waits meanwhile.
+        let (mut done, mut rest) = (0, sums.queue.len());
+        while done < rest {
+            let middle = usize::midpoint(done, rest);
+            let sum = &sums.queue[middle];
+            if is_reached(sum, &sum.after)? {
+                done = middle + 1;
+            } else {
+                rest = middle;
             }
         }
-        Ok(Front::Idle)
+        for Sum { before, after, .. } in sums.queue.drain(..done) {
+            self.events.take_back(before);
+            self.events.take_back(after);
+        }
+        let Some(oldest) = sums.queue.front() else { return Ok(Front::Idle) };
+        let operation = oldest.operation;
+        Ok(if is_reached(oldest, &oldest.before)? {
+            Front::Summing(operation)
+        } else {
+            Front::Computing(operation)
+        })
+    }
+
+    /// Takes down where the watchdog found the stream.
+    pub(super) fn note_look(&self, front: &Front) {
+        let mut looks = lock(&self.looks);
+        let is_summing = matches!(front, Front::Summing(_));
+        looks.all = looks.all * FADING + 1.0;
+        looks.summing = looks.summing * FADING + f64::from(u8::from(is_summing));
+    }
+
+    /// See [`crate::collective::DeviceCollective::summing_share`].
+    pub(super) fn summing_share(&self) -> f64 {
+        let looks = lock(&self.looks);
+        if looks.all == 0.0 { 0.0 } else { looks.summing / looks.all }
     }
 
     /// Whether the communicator has a fault that it found by itself. Looks only if nobody else uses it: who does

@@ -33,6 +33,7 @@ pub(super) fn watch(shared: &Arc<Shared>) {
         }
         // Its error has ended the ring, as has that of `look_for_faults`.
         let Ok(front) = shared.front() else { break false };
+        shared.note_look(&front);
         if is_closing {
             break is_idle(shared, &front);
         }

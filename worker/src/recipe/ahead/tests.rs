@@ -270,6 +270,23 @@ fn sums_that_end_before_a_rank_hears_of_it_are_not_believed() {
 }
 
 #[test]
+fn rank_whose_group_has_ended_vouches_for_nothing() {
+    let states = by_phase(2, 1);
+    let whole = on_all(2, OnNan::Skip, |mut worker| {
+        worker.step(0);
+        if worker.rank == 0 {
+            // Its communicator is about to be ended, and may be in the middle of any sum.
+            worker.member.tell_device();
+        }
+        let settled = worker.step(1);
+        assert!(settled.failed.is_none(), "{settled:?}");
+        assert_eq!(settled.outcomes, [Outcome::Ended, Outcome::Ended, Outcome::Ended]);
+        worker.bytes()
+    });
+    assert!(whole.iter().all(|bytes| *bytes == states[0]));
+}
+
+#[test]
 fn image_that_is_no_number_is_left_out_alike_on_all_ranks() {
     for on_nan in [OnNan::Stop, OnNan::Skip] {
         let outcomes = on_all(2, on_nan, |mut worker| {

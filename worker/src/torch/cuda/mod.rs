@@ -15,7 +15,7 @@ pub use error::CudaError;
 pub use event::Event;
 pub use graph::{Graph, StreamCapture};
 pub use load::{is_loaded, load, open_libraries};
-pub use record::{Capture, Cut, Program, record};
+pub use record::{Capture, Program, Recording, record};
 
 use super::{TorchError, check, ffi};
 

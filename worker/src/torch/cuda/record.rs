@@ -82,12 +82,12 @@ impl<G, S> Drop for Program<G, S> {
 }
 
 /// Where sums go while a step is recorded.
-pub trait Cut<S>: Send + Sync {
+pub trait Recording<S>: Send + Sync {
     /// Keeps `sum` behind all that was captured, and captures what follows it.
     ///
     /// # Errors
     /// The recording has failed, now or before: nothing more will be kept, and the step must end.
-    fn cut(&self, sum: S) -> Result<(), TorchError>;
+    fn sum(&self, sum: S) -> Result<(), TorchError>;
 }
 
 /// A recording under way.
@@ -116,7 +116,7 @@ struct State<C: Capture, S> {
 /// If the body does, after the capture has been ended.
 pub fn record<C, S, E>(
     mut capture: C,
-    body: impl FnOnce(Arc<dyn Cut<S>>) -> Result<(), E>,
+    body: impl FnOnce(Arc<dyn Recording<S>>) -> Result<(), E>,
 ) -> Result<Program<C::Graph, S>, E>
 where
     C: Capture + 'static,
@@ -127,8 +127,8 @@ where
     capture.begin()?;
     let state = State { entries: Vec::new(), capture, failed: None, is_over: false };
     let recorder = Arc::new(Recorder { state: Mutex::new(state) });
-    let cut = Arc::clone(&recorder) as Arc<dyn Cut<S>>;
-    let outcome = catch_unwind(AssertUnwindSafe(|| body(cut)));
+    let recording = Arc::clone(&recorder) as Arc<dyn Recording<S>>;
+    let outcome = catch_unwind(AssertUnwindSafe(|| body(recording)));
     // Whatever follows, the device runs again what it is given.
     let recorded = recorder.lock().finish(matches!(outcome, Ok(Ok(()))));
     match outcome {
@@ -143,13 +143,13 @@ impl<C: Capture, S> Recorder<C, S> {
     }
 }
 
-impl<C, S> Cut<S> for Recorder<C, S>
+impl<C, S> Recording<S> for Recorder<C, S>
 where
     C: Capture,
     C::Graph: Send,
     S: Send,
 {
-    fn cut(&self, sum: S) -> Result<(), TorchError> {
+    fn sum(&self, sum: S) -> Result<(), TorchError> {
         let mut state = self.lock();
         if let Some(failed) = &state.failed {
             return Err(failed.clone());
@@ -158,12 +158,12 @@ where
             let message = "it has ended, so nothing more can be kept".to_owned();
             return Err(TorchError { operation: "a recording", message });
         }
-        state.cut(sum).inspect_err(|error| state.failed = Some(error.clone()))
+        state.sum(sum).inspect_err(|error| state.failed = Some(error.clone()))
     }
 }
 
 impl<C: Capture, S> State<C, S> {
-    fn cut(&mut self, sum: S) -> Result<(), TorchError> {
+    fn sum(&mut self, sum: S) -> Result<(), TorchError> {
         // Sums that follow each other have nothing between them, and an empty graph costs a launch.
         if self.capture.is_empty()? {
             self.entries.push(Entry::Sum(sum));

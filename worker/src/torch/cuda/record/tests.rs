@@ -101,17 +101,17 @@ fn replayed(fake: &Fake, program: &mut Program<Kept, u32>) -> Vec<String> {
 }
 
 /// Two pieces of work, a sum, one piece, two sums at once, one piece.
-fn body(fake: &Fake, cut: &Arc<dyn Cut<u32>>) -> Result<(), TorchError> {
+fn body(fake: &Fake, recording: &Arc<dyn Recording<u32>>) -> Result<(), TorchError> {
     fake.give();
     fake.give();
-    cut.cut(1)?;
+    recording.sum(1)?;
     fake.give();
     // As libtorch's backward thread does.
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
-                cut.cut(2)?;
-                cut.cut(3)
+                recording.sum(2)?;
+                recording.sum(3)
             })
             .join()
             .unwrap()
@@ -123,7 +123,7 @@ fn body(fake: &Fake, cut: &Arc<dyn Cut<u32>>) -> Result<(), TorchError> {
 #[test]
 fn graphs_and_sums_are_replayed_in_the_order_in_which_they_were_recorded() {
     let fake = Fake::default();
-    let mut program = record(fake.clone(), |cut| body(&fake, &cut)).unwrap();
+    let mut program = record(fake.clone(), |recording| body(&fake, &recording)).unwrap();
     assert_eq!(program.counts(), (3, 3));
     let expected = ["graph of 2", "sum 1", "graph of 1", "sum 2", "sum 3", "graph of 1"];
     assert_eq!(replayed(&fake, &mut program), expected);
@@ -148,11 +148,11 @@ fn recording_that_fails_lets_the_device_go_and_keeps_nothing() {
     for what in ["is_empty", "end"] {
         let fake = Fake::failing(what);
         let mut again = None;
-        let recorded = record(fake.clone(), |cut| {
+        let recorded = record(fake.clone(), |recording| {
             fake.give();
-            let first = cut.cut(1).unwrap_err();
+            let first = recording.sum(1).unwrap_err();
             // Backward may come to further sums before it ends.
-            again = cut.cut(2).err();
+            again = recording.sum(2).err();
             Err::<(), TorchError>(first)
         });
         assert_eq!(recorded.err().unwrap().operation, what);
@@ -167,11 +167,11 @@ fn recording_that_fails_lets_the_device_go_and_keeps_nothing() {
 #[test]
 fn recording_whose_body_swallows_a_failure_fails() {
     let fake = Fake::default();
-    let recorded = record(fake.clone(), |cut| {
+    let recorded = record(fake.clone(), |recording| {
         fake.give();
-        cut.cut(1)?;
+        recording.sum(1)?;
         fake.0.lock().unwrap().fails = Some("is_empty");
-        drop(cut.cut(2));
+        drop(recording.sum(2));
         Ok::<(), TorchError>(())
     });
     assert_eq!(recorded.err().unwrap().operation, "is_empty");
@@ -181,9 +181,9 @@ fn recording_whose_body_swallows_a_failure_fails() {
 #[test]
 fn body_that_fails_or_panics_leaves_no_capture_and_no_graph() {
     let fake = Fake::default();
-    let failed = record(fake.clone(), |cut| {
+    let failed = record(fake.clone(), |recording| {
         fake.give();
-        cut.cut(1)?;
+        recording.sum(1)?;
         Err::<(), TorchError>(TorchError { operation: "body", message: String::new() })
     });
     assert_eq!(failed.err().unwrap().operation, "body");
@@ -199,13 +199,13 @@ fn body_that_fails_or_panics_leaves_no_capture_and_no_graph() {
 fn sum_after_the_end_is_refused() {
     let fake = Fake::default();
     let mut kept = None;
-    let program = record(fake.clone(), |cut| {
+    let program = record(fake.clone(), |recording| {
         fake.give();
-        kept = Some(cut);
+        kept = Some(recording);
         Ok::<(), TorchError>(())
     })
     .unwrap();
-    let error = kept.unwrap().cut(1).unwrap_err();
+    let error = kept.unwrap().sum(1).unwrap_err();
     assert!(error.message.contains("has ended"), "{error}");
     assert_eq!(program.counts(), (1, 0));
 }
@@ -213,7 +213,7 @@ fn sum_after_the_end_is_refused() {
 #[test]
 fn replay_ends_at_the_first_failure() {
     let fake = Fake::default();
-    let mut program = record(fake.clone(), |cut| body(&fake, &cut)).unwrap();
+    let mut program = record(fake.clone(), |recording| body(&fake, &recording)).unwrap();
     let mut launched = 0;
     let failed = program.replay(
         |_| {
