@@ -166,8 +166,9 @@ void spoil(void *buffer, size_t count, int type) {
 void meet(const std::shared_ptr<State> &state, uint64_t number, void *buffer, size_t count, int type) {
     Clique &clique = *state->clique;
     std::unique_lock lock(clique.mutex);
-    if (clique.is_rushed) return spoil(buffer, count, type);
+    // Whoever has ended the communicator may have freed the memory.
     if (state->is_aborted) return;
+    if (clique.is_rushed) return spoil(buffer, count, type);
     auto &place = clique.sums[number];
     if (!place) {
         place = std::make_shared<Sum>();
