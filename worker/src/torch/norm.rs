@@ -39,8 +39,8 @@ pub trait SumReducer: Send + Sync + 'static {
 /// Sums vectors in the GPU's memory over all workers.
 pub trait DeviceSumReducer: Send + Sync {
     /// Enqueues the sum of the `len` f64 at the device address `values`, in place, on the CUDA stream
-    /// `stream`. Must not wait for the stream, and must be able to go into a graph that is being captured.
-    /// `false`: it failed and the pass must end.
+    /// `stream`. Must not wait for the stream. While a step is recorded the stream is being captured: the sum must then
+    /// go between two graphs ([`super::cuda::Recording`]) and not into one. `false`: it failed and the pass must end.
     ///
     /// # Safety
     /// `values` are `len` f64 on the device of `stream`, and stay until the work that the stream then holds is done.

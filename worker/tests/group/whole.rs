@@ -78,6 +78,8 @@ fn killed_at(faces: &Dataset, operation: i64) -> Option<Vec<(Settled, [Vec<u8>; 
         let (mut net, mut feed) = (net(&config(), exchange), feed(faces, share(rank, 2)));
         let first = settled(&mut net, &mut feed, 0, 0.0);
         assert!(first.failed.is_none(), "{first:?}");
+        // Both are through with it before one of them dies.
+        exchange.collective().barrier().unwrap();
         if rank == 1 {
             kill.is_armed.store(true, Ordering::Relaxed);
         }

@@ -54,6 +54,8 @@ struct Sums {
     queue: VecDeque<Sum>,
     begun: u64,
     is_closing: bool,
+    /// The communicator is being ended: nothing more may be asked of it.
+    is_ending: bool,
     /// The communicator is gone.
     is_released: bool,
 }
@@ -190,8 +192,8 @@ impl Shared {
         if let Some(failure) = self.ring.failure() {
             return Err(failure.during(operation));
         }
-        // Nothing may be asked of it any more, whatever the ring knows.
-        if self.sums().is_released {
+        // Whatever the ring knows. Set before the turn is taken to free it, so who has the turn may rely on it.
+        if self.sums().is_ending {
             let reason = "the communicator has ended".to_owned();
             return Err(CollectiveError::Aborted { operation: operation.to_owned(), reason });
         }
@@ -334,6 +336,7 @@ impl Shared {
     /// Ends the communicator by `free`, on a thread of its own and within the limit; past that, the last resort. The
     /// ring is over or no longer needed.
     pub(super) fn release(self: &Arc<Self>, free: fn(&Communicator)) {
+        self.sums().is_ending = true;
         let (done, finished) = sync_channel::<()>(1);
         let shared = Arc::clone(self);
         let thread = std::thread::Builder::new().name("nccl-end".into()).spawn(move || {

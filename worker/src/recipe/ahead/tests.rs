@@ -192,7 +192,9 @@ enum End {
 fn ended_at(sum: u64, end: End) -> Vec<(Settled, [Vec<u8>; 3])> {
     let timeout = if end == End::Aborted { PATIENCE } else { Duration::from_secs(3) };
     on_all_within(timeout, 2, OnNan::Skip, |mut worker| {
-        worker.step(0);
+        assert_eq!(applied(&worker.step(0)), 3);
+        // Both are through with it before one of them ends.
+        worker.member.barrier().unwrap();
         let before = worker.member.begun();
         let (done, is_over) = sync_channel::<()>(0);
         if worker.rank == 1 {
@@ -257,6 +259,7 @@ fn sums_that_end_before_a_rank_hears_of_it_are_not_believed() {
     let states = by_phase(2, 1);
     let whole = on_all(2, OnNan::Skip, |mut worker| {
         worker.step(0);
+        worker.member.barrier().unwrap();
         // As if the other's communicator had been told to end, and its ring had not said so yet.
         worker.member.rush();
         let settled = worker.step(1);
@@ -274,6 +277,7 @@ fn rank_whose_group_has_ended_vouches_for_nothing() {
     let states = by_phase(2, 1);
     let whole = on_all(2, OnNan::Skip, |mut worker| {
         worker.step(0);
+        worker.member.barrier().unwrap();
         if worker.rank == 0 {
             // Its communicator is about to be ended, and may be in the middle of any sum.
             worker.member.tell_device();
