@@ -45,6 +45,9 @@ pub struct SummedGradients {
 /// One bucket in all lanes.
 type LaneBuffers = Vec<Vec<f32>>;
 
+/// A bucket that is full in all lanes, and who sums it.
+type FullBucket = (Arc<dyn Collective>, LaneBuffers);
+
 /// Where a parameter's gradient lies.
 #[derive(Debug, Clone)]
 pub(super) struct Place {
@@ -312,7 +315,7 @@ impl Sink {
     }
 
     /// The lanes of bucket number `next`, if all of them are full, and on the host.
-    fn take_full(&self, next: usize) -> Result<Option<(Arc<dyn Collective>, LaneBuffers)>, TorchError> {
+    fn take_full(&self, next: usize) -> Result<Option<FullBucket>, TorchError> {
         let mut pass = lock(&self.pass);
         let Some(pass) = pass.as_mut().filter(|pass| pass.missing.get(next) == Some(&0)) else {
             return Ok(None);
