@@ -224,7 +224,8 @@ impl RunFiles {
                 let fence = Fence { run: manifest.run.clone(), generation: manifest.generation };
                 let mark =
                     CheckpointMark { step: manifest.step, weights_sha256: manifest.weights_sha256.clone() };
-                // Metrics first: whoever resumes from this checkpoint finds every line up to it.
+                // Grids and metrics first: whoever resumes from this checkpoint finds all up to it.
+                self.grids_through().await;
                 let outcome = match self.flush_lines_all().await {
                     Ok(()) => commit::commit(&self.store, &self.patience, &manifest).await,
                     Err(error) => Err(error),

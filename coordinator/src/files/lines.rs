@@ -86,10 +86,11 @@ impl LineFile {
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
         let size = self.content.len();
-        let unstored = size.checked_sub(self.stored_bytes).unwrap_or(size);
-        if unstored == 0 {
+        if self.stored_bytes == size {
             return None;
         }
+        // All of it, if the store has lines that were cut off here.
+        let unstored = size.checked_sub(self.stored_bytes).unwrap_or(size);
         if unstored >= (size / SHARE_THAT_WAITS).clamp(LEAST_THAT_WAITS, MOST_THAT_WAITS) {
             return Some(self.stored + SHORTEST_PERIOD);
         }

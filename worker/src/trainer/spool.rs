@@ -265,14 +265,19 @@ impl Spool {
             || inner.uploads.keys().any(|step| !inner.sent.uploads.contains(step))
     }
 
-    /// The next messages to send, in order; empty when all was sent.
+    /// The next messages to send, in order; empty when all was sent. The news that the run has ended waits until every part
+    /// of a grid is sent: what comes behind it is not taken any more.
     #[must_use]
     pub fn take_unsent(&self) -> Vec<Message> {
         let mut inner = self.lock();
         let inner = &mut *inner;
         let Stamp { run, generation, rank } = inner.stamp.clone();
-        let mut messages: Vec<Message> = inner.news[inner.sent.news..].to_vec();
-        inner.sent.news = inner.news.len();
+        let is_end = |message: &Message| matches!(message, Message::RunEnded(_));
+        let first = inner.sent.news;
+        let before_end =
+            inner.news[first..].iter().position(is_end).map_or(inner.news.len(), |at| first + at);
+        let mut messages: Vec<Message> = inner.news[first..before_end].to_vec();
+        inner.sent.news = before_end;
         if rank == 0 {
             for (&step, report) in inner.reports.range(inner.sent.reports + 1..).take(BATCH) {
                 inner.sent.reports = step;
@@ -296,6 +301,10 @@ impl Spool {
                 generation,
                 ..upload.clone()
             }));
+        }
+        if inner.tiles.keys().all(|key| inner.sent.tiles.contains(key)) {
+            messages.extend_from_slice(&inner.news[inner.sent.news..]);
+            inner.sent.news = inner.news.len();
         }
         messages
     }
@@ -371,6 +380,22 @@ mod tests {
         waits.join().unwrap();
         spool.pace();
         assert!(!spool.lock().pauses);
+    }
+
+    #[test]
+    fn end_of_the_run_is_told_behind_every_part_of_a_grid() {
+        let (spool, kind) = (spool(1), i32::from(sample_tile::Kind::Generated));
+        let formed = || Message::Formed(takuma_proto::v1::Formed::default());
+        let ended = || Message::RunEnded(takuma_proto::v1::RunEnded::default());
+        spool.news(formed());
+        (0..BATCH as u64 + 1).for_each(|step| spool.tile(SampleTile { step, kind, ..SampleTile::default() }));
+        spool.news(ended());
+        let first = spool.take_unsent();
+        assert_eq!((first.len(), &first[0]), (BATCH + 1, &formed()));
+        assert!(spool.has_unsent());
+        let second = spool.take_unsent();
+        assert!(matches!(&second[..], [Message::SampleTile(_), Message::RunEnded(_)]), "{second:?}");
+        assert!(!spool.has_unsent() && spool.take_unsent().is_empty());
     }
 
     #[test]
