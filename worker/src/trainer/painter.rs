@@ -26,6 +26,9 @@ const MAX_WAITING: usize = 2;
 /// A grid takes milliseconds, the first one some seconds more: cuDNN is loaded for the new thread.
 const LONGEST: Duration = Duration::from_secs(120);
 
+/// So long the end of the painter waits for a grid that is under way.
+const LONGEST_AT_END: Duration = Duration::from_secs(10);
+
 /// A grid to render.
 pub(super) struct Painting {
     /// Finished steps.
@@ -149,8 +152,14 @@ impl Shared {
 impl Drop for Painter {
     fn drop(&mut self) {
         self.shared.change(|queue| queue.is_closed = true);
-        // A grid under way ends within its own deadline.
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        // A GPU that hangs must not keep whoever has to say so.
+        let is_painting = |queue: &mut Queue| queue.is_painting;
+        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), LONGEST_AT_END, is_painting);
+        let (queue, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        drop(queue);
+        if waited.timed_out() {
+            tracing::error!("a grid under way is left behind: it does not come to its end");
+        } else if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the painter panicked at its end");
         }
     }

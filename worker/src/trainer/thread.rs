@@ -185,6 +185,12 @@ impl Trainer {
                 Err(error) => {
                     // Peers that wait for this worker are let go at once.
                     self.leave_group();
+                    // Grids of finished steps are worth having, whatever came after them.
+                    if matches!(error, JobError::NotFinite { .. })
+                        && let Err(other) = self.samples.settle()
+                    {
+                        tracing::warn!(error = %other, "grids of finished steps are lost");
+                    }
                     return self.note(Note::Failed { generation, error });
                 }
             }
